@@ -1,0 +1,1 @@
+"""One folder per operation: public function, schema and autograd, reference, kernels."""

@@ -1,0 +1,137 @@
+"""`self_distillation_loss`, the fused loss of learning from labels mixed with one's own predictions."""
+
+import torch
+from torch import Tensor
+
+from sdfast import _checks, _dispatch
+from sdfast.ops.self_distillation import arguments
+from sdfast.ops.self_distillation.arguments import AdaptiveAlpha, ClipLabel, LossStats
+from sdfast.ops.self_distillation.op import LOSSES, REDUCTIONS, SelfDistillation
+from sdfast.ops.self_distillation.reference import self_distillation_reference
+
+__all__ = ["AdaptiveAlpha", "ClipLabel", "LossStats", "self_distillation_loss"]
+
+
+def self_distillation_loss(
+    logits: Tensor,
+    labels: Tensor,
+    alpha: float | Tensor | AdaptiveAlpha,
+    *,
+    source: Tensor | None = None,
+    label_fn: str | ClipLabel = "hardmax",
+    temperature: float = 1.0,
+    loss: str = "cross_entropy",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    reduction: str = "mean",
+    return_stats: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, LossStats]:
+    """Loss of the logits against labels mixed with the model's own predictions, in one fused pass.
+
+    Equals, with y the one-hot or given label distribution and s the source (the logits themselves by default)::
+
+        target = (alpha * y + (1 - alpha) * h(s)).detach()
+        loss(logits, target)
+
+    where `loss` is, for a row of C classes with p = softmax(logits), w the class weights:
+
+    ===============  =============================================
+    cross_entropy    −Σ_c w_c ŷ_c log p_c
+    kl               Σ_c w_c ŷ_c (log ŷ_c − log p_c)
+    mse              1/C Σ_c (logits_c − ŷ_c)²
+    brier            Σ_c (p_c − ŷ_c)²
+    ===============  =============================================
+
+    With α = 1 it is plain training: the same as `torch.nn.functional.cross_entropy` or ``mse_loss``.
+
+    Args:
+        logits: (..., C) of float32, float64, bfloat16 or float16, classes last. Halves accumulate in float32.
+        labels: (...) class indices, or (..., C) probabilities; for mse also any real (..., C) targets, or (...) floats
+            where C = 1.
+        alpha: Weight of the given label: a float, a 0-d or a (...) tensor, or `AdaptiveAlpha`. Within [0, 1], but any
+            number with mse, where the theory of optimal mixing wants it. A tensor on a GPU is not checked.
+        source: (..., C) logits to learn from instead of the model's own: a teacher's, or those of an earlier epoch.
+            Always detached.
+        label_fn: h, what becomes of the source. ``"hardmax"``: one-hot at its largest entry (the first, on ties).
+            ``"softmax"``: softmax(s / temperature). ``"identity"`` and `ClipLabel` go with mse only.
+        temperature: Of the softmax; positive.
+        loss: ``"cross_entropy"``, ``"kl"``, ``"mse"`` or ``"brier"``.
+        ignore_index: Rows with this index label count for nothing.
+        label_smoothing: Of y, before mixing: (1 − s) y + s / C.
+        class_weight: (C,), with cross_entropy and kl only.
+        row_weight: (...), a factor on each row's loss that changes no denominator.
+        reduction: ``"mean"`` over the rows kept (with `class_weight` and index labels: divided by Σ class_weight[label],
+            as torch does), ``"sum"``, or ``"none"`` for (...) losses. A batch with no row kept has loss 0.
+        return_stats: Also return `LossStats`.
+        backend: ``None`` for the best one available, or ``"cpu"``, ``"cuda"``, ``"triton"``, ``"reference"``.
+
+    Returns:
+        The loss, float64 for float64 logits and float32 otherwise; with `return_stats` the pair (loss, stats).
+        Differentiable once with respect to the logits. ``backend="reference"`` can be differentiated again, and is what
+        runs under torch.func transforms.
+
+    Raises:
+        TypeError: A tensor has a dtype that cannot be used, or is no tensor.
+        ValueError: Shapes, devices or options do not fit; the message names the argument.
+        IndexError: A label on the CPU is out of range (compiled code raises RuntimeError). On a GPU its row becomes NaN.
+        NotImplementedError: The backend asked for cannot serve the call; the message says why.
+
+    Note:
+        With ``source=None``, softmax at temperature 1 and cross_entropy, kl or brier, and identity with mse, the own
+        prediction has exactly zero gradient: p − αy − (1−α)p = α(p − y) is plain training at a smaller learning rate.
+        Such a call warns once.
+
+    Reference:
+        Dong, Hou, Lu, Zhang 2019, "Distillation ≈ Early Stopping?", Algorithm 1.
+    """
+    _checks.check_logits(logits)
+    if labels_are_indices(labels, logits):  # the commonest call, without the full check
+        rows = labels
+    else:
+        rows = _checks.check_labels(logits, labels, loss == "mse")
+    flat = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
+    arguments.check_options(loss, reduction, ignore_index, label_smoothing, class_weight, rows)
+    label_code, label_parameter = arguments.label_function(label_fn, temperature, loss)
+    mix, alpha_value, adaptive = arguments.mixing(alpha, logits, flat, rows, loss, ignore_index)
+    if source is not None:
+        source = arguments.source_rows(source, logits)
+    elif arguments.is_no_op(label_fn, temperature, loss, class_weight):
+        arguments.warn_no_op(plain=mix is None and not adaptive and alpha_value == 1)
+    if class_weight is not None:
+        class_weight = _checks.check_weight("class_weight", class_weight, logits.shape[-1:], "(one a class)", logits)
+    if row_weight is not None:
+        row_weight = _checks.check_weight("row_weight", row_weight, logits.shape[:-1], "(one a row)", logits)
+        row_weight = row_weight.reshape(-1)
+
+    chosen = _dispatch.choose(backend, logits.device.type)
+    if chosen == "reference":
+        arguments.check_values(rows, mix, flat, loss, ignore_index)
+        value, state = self_distillation_reference(
+            flat, rows, mix, source, class_weight, row_weight, alpha_value, adaptive,
+            label_code, label_parameter, LOSSES[loss], REDUCTIONS[reduction], ignore_index, label_smoothing,
+        )  # fmt: skip
+    else:
+        value = SelfDistillation.apply(
+            chosen, flat, rows, mix, source, class_weight, row_weight, alpha_value, adaptive,
+            label_code, label_parameter, LOSSES[loss], REDUCTIONS[reduction], ignore_index, label_smoothing,
+            return_stats,
+        )  # fmt: skip
+        value, state = value if return_stats else (value, None)
+    if reduction == "none" and logits.dim() != 2:
+        value = value.reshape(logits.shape[:-1])
+    return (value, LossStats(state[0], *state[2:].unbind())) if return_stats else value
+
+
+def labels_are_indices(labels: Tensor, logits: Tensor) -> bool:
+    """Whether labels are (N,) int64 beside (N, C) logits, so that nothing about them needs converting."""
+    return (
+        isinstance(labels, Tensor)
+        and labels.dtype == torch.int64
+        and labels.dim() == 1
+        and logits.dim() == 2
+        and labels.shape[0] == logits.shape[0]
+        and labels.device == logits.device
+    )

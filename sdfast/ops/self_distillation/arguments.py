@@ -1,0 +1,208 @@
+"""What the arguments of `self_distillation_loss` may be: their small types, their checks, their normal forms."""
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sdfast import _checks
+from sdfast.ops.self_distillation.op import LABEL_FUNCTIONS, LOSSES, REDUCTIONS, accumulation_dtype
+from sdfast.ops.self_distillation.reference import batch_accuracy
+
+
+@dataclass(frozen=True, init=False)
+class AdaptiveAlpha:
+    """α from the batch itself: 1 − α = clip(ratio · accuracy, 0, 1).
+
+    The accuracy is that of the current logits against the given labels; the host never reads it.
+
+    Args:
+        ratio: λ of the paper, non-negative; 0 is plain training.
+        sync: Take the accuracy over all processes of `group`, not of this one alone.
+        group: A torch.distributed process group; ``None`` is the whole world. Only with `sync`.
+
+    Raises:
+        ValueError: `ratio` is negative or not finite, or `group` comes without `sync`.
+
+    Reference:
+        Dong, Hou, Lu, Zhang 2019, section 4.2.
+    """
+
+    ratio: float
+    sync: bool
+    group: Any
+
+    def __init__(self, ratio: float, *, sync: bool = False, group: Any = None) -> None:
+        if not isinstance(ratio, int | float) or not 0 <= ratio < math.inf:
+            raise ValueError(f"ratio: got {ratio!r}, wanted a finite number >= 0")
+        if group is not None and not sync:
+            raise ValueError("group: given without sync=True, which alone uses it")
+        object.__setattr__(self, "ratio", float(ratio))
+        object.__setattr__(self, "sync", sync)
+        object.__setattr__(self, "group", group)
+
+
+@dataclass(frozen=True)
+class ClipLabel:
+    """The label function h(x) = clamp(4x / (1 − 2ρ), −1, 1), for ±1 labels.
+
+    Args:
+        rho: The fraction of flipped labels, in [0, 0.5).
+
+    Raises:
+        ValueError: `rho` is outside [0, 0.5).
+
+    Reference:
+        Dong, Hou, Lu, Zhang 2019, Theorem 1.
+    """
+
+    rho: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rho, int | float) or not 0 <= self.rho < 0.5:
+            raise ValueError(f"rho: got {self.rho!r}, wanted a number in [0, 0.5)")
+
+
+class LossStats(NamedTuple):
+    """What `return_stats` adds: 0-d tensors on the logits' device, over the rows that are not ignored.
+
+    Attributes:
+        alpha: The α used; its mean where α is per row.
+        accuracy: Fraction of rows whose largest logit is the given label's.
+        target_entropy: Mean entropy of the targets ŷ in nats; NaN where a target has a negative entry.
+        agreement: Fraction of rows whose target ŷ still has its largest entry at the given label.
+    """
+
+    alpha: Tensor
+    accuracy: Tensor
+    target_entropy: Tensor
+    agreement: Tensor
+
+
+def check_options(
+    loss: str, reduction: str, ignore_index: int, label_smoothing: float, class_weight: Tensor | None, labels: Tensor
+) -> None:
+    """Refuses options that do not exist or do not go together; `labels` as `_checks.check_labels` returns them."""
+    if loss not in LOSSES:
+        _checks.check_option("loss", loss, LOSSES)
+    if reduction not in REDUCTIONS:
+        _checks.check_option("reduction", reduction, REDUCTIONS)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: got {label_smoothing!r}, wanted a number in [0, 1]")
+    if class_weight is not None and loss not in ("cross_entropy", "kl"):
+        raise ValueError(f"class_weight: goes with loss='cross_entropy' or 'kl' only, got loss={loss!r}")
+    if labels.dim() == 2:
+        if ignore_index != -100:
+            raise ValueError(f"ignore_index: got {ignore_index!r}, but labels that are not indices ignore no row")
+        if label_smoothing and loss == "mse":
+            raise ValueError("label_smoothing: with loss='mse' it wants index labels, got real targets")
+
+
+def label_function(label_fn: str | ClipLabel, temperature: float, loss: str) -> tuple[int, float]:
+    """(code, parameter) of h: the parameter is the softmax's temperature or the clip's ρ."""
+    if isinstance(label_fn, ClipLabel):
+        code, parameter = LABEL_FUNCTIONS["clip"], float(label_fn.rho)
+    elif label_fn in ("softmax", "hardmax", "identity"):
+        code, parameter = LABEL_FUNCTIONS[label_fn], temperature
+    else:
+        wanted = "'hardmax', 'softmax', 'identity' or sdfast.ClipLabel(rho)"
+        raise ValueError(f"label_fn: got {label_fn!r}, wanted {wanted}")
+    if loss != "mse" and code >= LABEL_FUNCTIONS["identity"]:
+        raise ValueError(f"label_fn: {label_fn!r} gives no probabilities, goes with loss='mse' only, got loss={loss!r}")
+    if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
+        raise ValueError(f"temperature: got {temperature!r}, wanted a finite number > 0")
+    if temperature != 1 and label_fn != "softmax":
+        raise ValueError(f"temperature: got {temperature!r}, but only label_fn='softmax' has one, not {label_fn!r}")
+    return code, parameter
+
+
+def mixing(
+    alpha: float | Tensor | AdaptiveAlpha, logits: Tensor, flat: Tensor, labels: Tensor, loss: str, ignore_index: int
+) -> tuple[Tensor | None, float, bool]:
+    """(tensor α or None, number, adaptive): the number is α itself, or the ratio of an adaptive one."""
+    if isinstance(alpha, AdaptiveAlpha):
+        if not alpha.sync:
+            return None, alpha.ratio, True
+        return _synchronised_alpha(alpha, flat, labels, ignore_index), 1.0, False
+    if isinstance(alpha, Tensor):
+        if alpha.dim() == 0:
+            return _checks.check_weight("alpha", alpha, (), "(or one a row)", logits), 1.0, False
+        return _checks.check_weight("alpha", alpha, logits.shape[:-1], "(one a row)", logits).reshape(-1), 1.0, False
+    if torch.compiler.is_compiling():
+        # A number in the graph is a new graph per number; as a tensor it is an input. Its value cannot be checked here.
+        return logits.new_ones((), dtype=accumulation_dtype(logits.dtype)) * alpha, 1.0, False
+    if not isinstance(alpha, int | float):
+        raise TypeError(f"alpha: got {type(alpha).__name__}, wanted a number, a tensor or sdfast.AdaptiveAlpha")
+    if not 0 <= alpha <= 1:
+        if not math.isfinite(alpha):
+            raise ValueError(f"alpha: got {alpha}, wanted a finite number")
+        if loss != "mse":
+            raise ValueError(f"alpha: got {alpha}, wanted within [0, 1] for a probability target (mse takes any number)")
+    return None, float(alpha), False
+
+
+def _synchronised_alpha(alpha: AdaptiveAlpha, flat: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        raise RuntimeError("AdaptiveAlpha(sync=True): torch.distributed is not initialised; call init_process_group")
+    counts = torch.stack(batch_accuracy(flat.detach(), labels, ignore_index)).to(accumulation_dtype(flat.dtype))
+    torch.distributed.all_reduce(counts, group=alpha.group)
+    return 1 - (alpha.ratio * counts[0] / counts[1].clamp(min=1)).clamp(0, 1)
+
+
+def source_rows(source: Tensor, logits: Tensor) -> Tensor:
+    """The source as (N, C) rows beside the logits, detached."""
+    _checks.check_floating("source", source)
+    if source.shape != logits.shape:
+        wanted = _checks.shape_text(logits)
+        raise ValueError(f"source: got shape {_checks.shape_text(source)}, wanted {wanted} as the logits")
+    if source.device != logits.device:
+        raise ValueError(f"source: is on {source.device}, wanted {logits.device} as the logits")
+    return source.detach().reshape(-1, logits.shape[-1])
+
+
+def is_no_op(label_fn: str | ClipLabel, temperature: float, loss: str, class_weight: Tensor | None) -> bool:
+    """Whether a target from the logits themselves has no gradient beyond the plain loss's, times α."""
+    if loss == "mse":
+        return label_fn == "identity"
+    return label_fn == "softmax" and temperature == 1 and class_weight is None
+
+
+_warned = False
+
+
+def warn_no_op(plain: bool) -> None:
+    """Says once that the call is plain training in disguise, unless it is plain by α = 1."""
+    global _warned
+    if plain or _warned or torch.compiler.is_compiling():
+        return
+    _warned = True
+    warnings.warn(
+        "self_distillation_loss: with source=None this label_fn and loss give exactly alpha times the plain loss's "
+        "gradient, so the model's own predictions teach it nothing; use label_fn='hardmax', a temperature below 1, or a "
+        "source",
+        stacklevel=3,
+    )
+
+
+def check_values(labels: Tensor, alpha: Tensor | None, flat: Tensor, loss: str, ignore_index: int) -> None:
+    """The reference's check of labels and α on the CPU, where looking costs nothing and a transform does not forbid it."""
+    if flat.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return
+    classes = flat.shape[-1]
+    if labels.dim() == 1:
+        bad = ((labels < 0) | (labels >= classes)) & (labels != ignore_index)
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise IndexError(
+                f"labels: row {row} is {int(labels[row])}, wanted 0 <= label < {classes} or ignore_index={ignore_index}"
+            )
+    if alpha is not None:
+        alphas = alpha.reshape(-1)
+        bad = alphas.isnan() if loss == "mse" else ~((alphas >= 0) & (alphas <= 1))
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            wanted = "a number" if loss == "mse" else "within [0, 1] for a probability target"
+            raise ValueError(f"alpha: row {row} is {float(alphas[row]):g}, wanted {wanted}")
