@@ -96,13 +96,18 @@ def native_libraries() -> dict:
         arguments = {"cxx": [*FLAGS, "-DUSE_CUDA"], "nvcc": [*FLAGS, "-DUSE_CUDA", "--expt-relaxed-constexpr"]}
         name = f"sdfast._C_cu{torch.version.cuda.split('.')[0]}"
         extensions.append(
-            CUDAExtension(name, sources("csrc/*/cuda.cu"), extra_compile_args=arguments, extra_link_args=["-s"], **common)
+            CUDAExtension(
+                name, sources("csrc/*/cuda.cu"), extra_compile_args=arguments, extra_link_args=["-s"], **common
+            )
         )
     limit_jobs(4.0 if reason is None else 1.0)
     print(f"sdfast: building {', '.join(e.name for e in extensions)} for torch >= 2.10; CUDA: {reason or 'yes'}")
     return {
         "ext_modules": extensions,
-        "cmdclass": {"build_ext": BuildExtension.with_options(no_python_abi_suffix=True), "bdist_wheel": AnyPythonWheel},
+        "cmdclass": {
+            "build_ext": BuildExtension.with_options(no_python_abi_suffix=True),
+            "bdist_wheel": AnyPythonWheel,
+        },
     }
 
 

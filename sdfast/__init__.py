@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from sdfast import train as train
     from sdfast.ops.self_distillation import AdaptiveAlpha, ClipLabel, LossStats, self_distillation_loss
 
-__all__ = ["AdaptiveAlpha", "ClipLabel", "LossStats", "self_distillation_loss", "data", "nn", "train"]
+__all__ = ["AdaptiveAlpha", "ClipLabel", "LossStats", "data", "nn", "self_distillation_loss", "train"]
 
 _MODULES = ("data", "nn", "train")
 

@@ -17,13 +17,13 @@ def shape_text(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
 
 
-def check_tensor(name: str, value: object) -> None:
+def check_tensor(name: str, value: Tensor) -> None:
     """Refuses what is not a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, wanted a torch.Tensor")
 
 
-def check_floating(name: str, value: object) -> None:
+def check_floating(name: str, value: Tensor) -> None:
     """Refuses what is not a tensor of float32, float64, bfloat16 or float16."""
     check_tensor(name, value)
     if value.dtype not in FLOATING:

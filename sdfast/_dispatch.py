@@ -8,13 +8,13 @@ on what is installed, never on values, so it is the same while compiling.
 import importlib.util
 import os
 import warnings
-from functools import cache
 
 import torch
 
 from sdfast import _native
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
+DEVICES = ("cpu", "cuda", "xpu")
 
 
 def functorch_is_active() -> bool:
@@ -22,37 +22,52 @@ def functorch_is_active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-@cache
-def why_not(backend: str, device_type: str) -> str | None:
-    """Why `backend` cannot serve tensors on `device_type`, or ``None`` where it can."""
+def _find_reason(backend: str, device_type: str) -> str | None:
     if backend == "cpu":
         return _native.CPU.reason if device_type == "cpu" else f"serves CPU tensors, not {device_type}"
     if backend == "cuda":
         return _native.CUDA.reason if device_type == "cuda" else f"serves CUDA tensors, not {device_type}"
     if backend == "triton":
-        return _why_not_triton(device_type)
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            return "Triton serves CPU tensors only in its interpreter: set TRITON_INTERPRET=1 before importing sdfast"
     return None
 
 
-def _why_not_triton(device_type: str) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "Triton serves CPU tensors only in its interpreter: set TRITON_INTERPRET=1 before triton is imported"
-    if device_type not in ("cpu", "cuda", "xpu"):
-        return f"serves CUDA, ROCm and XPU tensors, not {device_type}"
-    return None
+# Found once, at import: compiled code reads these tables, and what is installed does not change under a process.
+_REASONS = {(backend, device): _find_reason(backend, device) for backend in BACKENDS for device in DEVICES}
+_AUTOMATIC = {
+    device: next(
+        backend
+        for backend in (("cpu", "reference") if device == "cpu" else ("cuda", "triton", "reference"))
+        if _REASONS[backend, device] is None
+    )
+    for device in DEVICES
+}
+_warned: set[str] = set()
 
 
-@cache
+def why_not(backend: str, device_type: str) -> str | None:
+    """Why `backend` cannot serve tensors on `device_type`, or ``None`` where it can."""
+    if backend == "reference":
+        return None
+    if device_type not in DEVICES:
+        return f"serves {', '.join(DEVICES)} tensors, not {device_type}"
+    return _REASONS[backend, device_type]
+
+
 def automatic(device_type: str) -> str:
     """The backend that ``backend=None`` takes for tensors on `device_type`."""
-    order = ("cpu", "reference") if device_type == "cpu" else ("cuda", "triton", "reference")
-    chosen = next(backend for backend in order if why_not(backend, device_type) is None)
-    if chosen == "reference" and os.environ.get("SDFAST_NATIVE") != "0":
-        reasons = "; ".join(f"{backend}: {why_not(backend, device_type)}" for backend in order[:-1])
-        warnings.warn(f"sdfast runs its plain PyTorch reference on {device_type} ({reasons})", stacklevel=4)
-    return chosen
+    return _AUTOMATIC.get(device_type, "reference")
+
+
+def _warn_of_reference(device_type: str) -> None:
+    if device_type in _warned or os.environ.get("SDFAST_NATIVE") == "0":
+        return
+    _warned.add(device_type)
+    reasons = "; ".join(f"{name}: {why_not(name, device_type)}" for name in BACKENDS[:-1])
+    warnings.warn(f"sdfast runs its slow plain PyTorch reference on {device_type} ({reasons})", stacklevel=4)
 
 
 def choose(backend: str | None, device_type: str) -> str:
@@ -63,7 +78,12 @@ def choose(backend: str | None, device_type: str) -> str:
         NotImplementedError: `backend` cannot serve this call; the message says why.
     """
     if backend is None:
-        return "reference" if functorch_is_active() else automatic(device_type)
+        if functorch_is_active():
+            return "reference"
+        chosen = automatic(device_type)
+        if chosen == "reference" and not torch.compiler.is_compiling():
+            _warn_of_reference(device_type)
+        return chosen
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, wanted None or one of {', '.join(BACKENDS)}")
     reason = why_not(backend, device_type)

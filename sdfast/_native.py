@@ -26,7 +26,9 @@ def _load(name: str, unavailable: str | None = None) -> NativeLibrary:
         return NativeLibrary(name, "SDFAST_NATIVE=0 is set")
     path = Path(__file__).parent / name
     if not path.exists():
-        return NativeLibrary(name, f"{name} is not installed: build it with a C++ compiler, see 'Install' in the README")
+        return NativeLibrary(
+            name, f"{name} is not installed: build it with a C++ compiler, see 'Install' in the README"
+        )
     try:
         torch.ops.load_library(path)
     except OSError as error:

@@ -142,7 +142,7 @@ inline void use_huge_pages(void* data, int64_t bytes) {
 // How one row's columns are walked: in chunks whose borders depend on the column count alone, so that the sums are the
 // same bits whether a thread takes the whole row or every thread takes a part of it.
 struct Columns {
-  static constexpr int64_t kChunk = 16384;
+  static constexpr int64_t kChunk = 8192;
   int64_t count;
   bool parallel;
 
@@ -161,8 +161,7 @@ struct Columns {
   // apply(begin, end) over the chunks
   template <class Apply>
   void apply(const Apply& apply) const {
-    each((count + kChunk - 1) / kChunk,
-         [&](int64_t c) { apply(c * kChunk, std::min(count, (c + 1) * kChunk)); });
+    each((count + kChunk - 1) / kChunk, [&](int64_t c) { apply(c * kChunk, std::min(count, (c + 1) * kChunk)); });
   }
 
  private:

@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #define SDFAST_INLINE inline __attribute__((always_inline))
+#define SDFAST_INLINE_LAMBDA __attribute__((always_inline))
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
 #if __GNUC__ >= 12
 #define SDFAST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -75,11 +76,51 @@ SDFAST_INLINE Lanes<T> broadcast(T value) {
   return value - Lanes<T>{};
 }
 
-template <class T>
-SDFAST_INLINE T sum(Lanes<T> lanes) {
-  for (int width = kLanes<T> / 2; width > 0; width /= 2)
-    for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
+// The lanes with those `kDistance` apart (a power of two) exchanged.
+template <int kDistance, class Vector>
+SDFAST_INLINE Vector swapped(const Vector& lanes) {
+  using Index = std::conditional_t<sizeof(lanes[0]) == 4, Mask<float>, Mask<double>>;
+  Index from;
+  for (int j = 0; j < static_cast<int>(sizeof(Vector) / sizeof(lanes[0])); ++j) from[j] = j ^ kDistance;
+  return __builtin_shuffle(lanes, from);
+}
+
+// Folds all lanes into one by a commutative `join`.
+template <class Vector, class Join>
+SDFAST_INLINE auto across(Vector lanes, const Join& join) {
+  if constexpr (sizeof(lanes[0]) == 4) lanes = join(lanes, swapped<4>(lanes));
+  lanes = join(lanes, swapped<2>(lanes));
+  lanes = join(lanes, swapped<1>(lanes));
   return lanes[0];
+}
+
+template <class T>
+SDFAST_INLINE T sum(const Lanes<T>& lanes) {
+  return across(lanes, [](const Lanes<T>& a, const Lanes<T>& b) SDFAST_INLINE_LAMBDA { return a + b; });
+}
+
+// For lanes without NaN.
+template <class T>
+SDFAST_INLINE T max(const Lanes<T>& lanes) {
+  return across(lanes, [](const Lanes<T>& a, const Lanes<T>& b) SDFAST_INLINE_LAMBDA { return a > b ? a : b; });
+}
+
+template <class T>
+SDFAST_INLINE int64_t min_index(const Mask<T>& lanes) {
+  return across(lanes, [](const Mask<T>& a, const Mask<T>& b) SDFAST_INLINE_LAMBDA { return a < b ? a : b; });
+}
+
+template <class T>
+SDFAST_INLINE bool any(const Mask<T>& lanes) {
+  return across(lanes, [](const Mask<T>& a, const Mask<T>& b) SDFAST_INLINE_LAMBDA { return a | b; }) != 0;
+}
+
+// 0, 1, 2, ...
+template <class T>
+SDFAST_INLINE Mask<T> counting() {
+  Mask<T> lanes;
+  for (int j = 0; j < kLanes<T>; ++j) lanes[j] = j;
+  return lanes;
 }
 
 // exp(x) for x <= 0, NaN kept; relative error below 1.1 ulp (tests/native). Below 2^-126 the result is 0, not denormal.
@@ -136,13 +177,30 @@ SDFAST_INLINE Lanes<double> log_or_zero(const Lanes<double>& x) {
   return y;
 }
 
-// Calls step(offset, lanes in use) over [0, count): full vectors, then one partial vector.
+// Calls step(offset, lanes in use, slot) over [0, count): full vectors, then one partial vector. The slot, 0 to 3,
+// names the accumulator to add to: four sums run side by side, a quarter as long, so faster and rounded less.
 template <class T, class Step>
 SDFAST_INLINE void sweep(int64_t count, const Step& step) {
+  constexpr int kWidth = kLanes<T>;
+  constexpr std::integral_constant<int, kWidth> full{};
   int64_t i = 0;
-  for (; i + kLanes<T> <= count; i += kLanes<T>) step(i, std::integral_constant<int, kLanes<T>>{});
-  if (i < count) step(i, static_cast<int>(count - i));
+  for (; i + 4 * kWidth <= count; i += 4 * kWidth) {
+    step(i, full, std::integral_constant<int, 0>{});
+    step(i + kWidth, full, std::integral_constant<int, 1>{});
+    step(i + 2 * kWidth, full, std::integral_constant<int, 2>{});
+    step(i + 3 * kWidth, full, std::integral_constant<int, 3>{});
+  }
+  for (; i + kWidth <= count; i += kWidth) step(i, full, std::integral_constant<int, 0>{});
+  if (i < count) step(i, static_cast<int>(count - i), std::integral_constant<int, 1>{});
 }
+
+// The accumulators of a sweep.
+template <class T>
+struct Total {
+  Lanes<T> slots[4] = {};
+  SDFAST_INLINE Lanes<T>& operator[](int slot) { return slots[slot]; }
+  SDFAST_INLINE T sum() const { return vec::sum<T>((slots[0] + slots[1]) + (slots[2] + slots[3])); }
+};
 
 template <class T, class Count>
 SDFAST_INLINE Lanes<T> load_some(const T* from, Count count, T fill) {

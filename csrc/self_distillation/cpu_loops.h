@@ -41,7 +41,7 @@ SDFAST_CLONES Peak<T> peak(const T* x, int64_t n) {
         unordered |= lanes != lanes;
       }
     }
-    sweep<T>(count - i, [&](int64_t at, auto used) {
+    sweep<T>(count - i, [&](int64_t at, auto used, auto) {
       const Lanes<T> lanes = load_some(from + i + at, used, lowest);
       high[0] = lanes > high[0] ? lanes : high[0];
       unordered |= lanes != lanes;
@@ -49,11 +49,10 @@ SDFAST_CLONES Peak<T> peak(const T* x, int64_t n) {
     high[0] = high[0] > high[1] ? high[0] : high[1];
     high[2] = high[2] > high[3] ? high[2] : high[3];
     high[0] = high[0] > high[2] ? high[0] : high[2];
-    T top = high[0][0];
-    for (int j = 1; j < kWidth; ++j) top = high[0][j] > top ? high[0][j] : top;
+    const T top = vec::max<T>(high[0]);
     if (top > best.value) best.value = top, best.index = begin;
   }
-  for (int j = 0; j < kWidth; ++j) best.nan |= unordered[j] != 0;
+  best.nan = vec::any<T>(unordered);
   while (best.index < n && !(x[best.index] == best.value)) ++best.index;
   if (best.index == n) best.index = 0;  // every entry is NaN
   return best;
@@ -63,25 +62,76 @@ SDFAST_CLONES Peak<T> peak(const T* x, int64_t n) {
 template <class T>
 SDFAST_CLONES T exp_sum(const T* x, int64_t n, T shift, T scale, T* terms) {
   const T lowest = -std::numeric_limits<T>::infinity();
-  Lanes<T> total = {};
+  vec::Total<T> total;
   if (terms) {
-    sweep<T>(n, [&](int64_t i, auto used) {
+    sweep<T>(n, [&](int64_t i, auto used, auto slot) {
       const Lanes<T> term = vec::exp_nonpositive((load_some(x + i, used, lowest) - shift) * scale);
       store_some(terms + i, term, used);
-      total += term;
+      total[slot] += term;
     });
   } else {
-    sweep<T>(n, [&](int64_t i, auto used) {
-      total += vec::exp_nonpositive((load_some(x + i, used, lowest) - shift) * scale);
+    sweep<T>(n, [&](int64_t i, auto used, auto slot) {
+      total[slot] += vec::exp_nonpositive((load_some(x + i, used, lowest) - shift) * scale);
     });
   }
-  return vec::sum<T>(total);
+  return total.sum();
+}
+
+template <class T>
+struct Softmax {
+  Peak<T> top;
+  T total;  // sum_c exp(x_c - top.value)
+};
+
+template <class T>
+inline constexpr int64_t kSmallRow = 16 * vec::kLanes<T>;
+
+// The whole softmax of n <= kSmallRow columns, loaded once: scale p_c goes to `out` unless that is null. A last partial
+// vector overlaps the one before it: its first lanes are repeats, counted once and written twice with the same value.
+template <class T>
+SDFAST_CLONES Softmax<T> small_softmax(const T* x, int64_t n, T scale, T* out) {
+  constexpr int kWidth = vec::kLanes<T>;
+  const T lowest = -std::numeric_limits<T>::infinity();
+  const int columns = static_cast<int>(n), full = columns / kWidth, rest = columns % kWidth;
+  const int used = full + (rest > 0), last = columns - kWidth;  // last < 0: the row is shorter than a vector
+  const auto first = [&](int j) { return j < full || last < 0 ? j * kWidth : last; };
+  Lanes<T> lanes[16];
+  for (int j = 0; j < full; ++j) lanes[j] = vec::load(x + j * kWidth);
+  if (rest) lanes[full] = last >= 0 ? vec::load(x + last) : vec::load_tail(x, rest, lowest);
+
+  Lanes<T> high = broadcast(lowest);
+  Mask<T> unordered = {};
+  for (int j = 0; j < used; ++j) {
+    high = lanes[j] > high ? lanes[j] : high;
+    unordered |= lanes[j] != lanes[j];
+  }
+  const T top = vec::max<T>(high);
+  Mask<T> at = Mask<T>{} + columns;
+  for (int j = used - 1; j >= 0; --j) at = lanes[j] == top ? vec::counting<T>() + first(j) : at;
+  const int64_t index = vec::min_index<T>(at);
+
+  Lanes<T> total = {};
+  for (int j = 0; j < used; ++j) {
+    lanes[j] = vec::exp_nonpositive(lanes[j] - top);
+    if (j == full && last >= 0)
+      total += vec::counting<T>() >= kWidth - rest ? lanes[j] : Lanes<T>{};
+    else
+      total += lanes[j];
+  }
+  const T sum = vec::sum<T>(total);
+  if (out) {
+    const T factor = scale / sum;
+    for (int j = 0; j < full; ++j) vec::store(out + j * kWidth, Lanes<T>(lanes[j] * factor));
+    if (rest && last >= 0) vec::store(out + last, Lanes<T>(lanes[full] * factor));
+    if (last < 0) vec::store_tail(out, Lanes<T>(lanes[full] * factor), rest);
+  }
+  return {{top, index < n ? index : 0, vec::any<T>(unordered)}, sum};
 }
 
 // out_c = out_c scale - uniform w_c (w = 1 where null)
 template <class T>
 SDFAST_CLONES void scale_minus(T* out, int64_t n, T scale, T uniform, const T* w) {
-  sweep<T>(n, [&](int64_t i, auto used) {
+  sweep<T>(n, [&](int64_t i, auto used, auto) {
     Lanes<T> lanes = load_some(out + i, used, T(0)) * scale;
     if (w)
       lanes -= load_some(w + i, used, T(0)) * uniform;
@@ -93,29 +143,30 @@ SDFAST_CLONES void scale_minus(T* out, int64_t n, T scale, T uniform, const T* w
 
 template <class T>
 SDFAST_CLONES void scale(T* out, int64_t n, T factor) {
-  sweep<T>(n, [&](int64_t i, auto used) { store_some(out + i, load_some(out + i, used, T(0)) * factor, used); });
+  sweep<T>(n, [&](int64_t i, auto used, auto) { store_some(out + i, load_some(out + i, used, T(0)) * factor, used); });
 }
 
 // sum_c w_c (-log p_c), with -log p_c = log_total - (x_c - shift)
 template <class T>
 SDFAST_CLONES T negative_log_sum(const T* x, int64_t n, T shift, T log_total, const T* w) {
-  Lanes<T> total = {};
-  sweep<T>(n, [&](int64_t i, auto used) {
+  vec::Total<T> total;
+  sweep<T>(n, [&](int64_t i, auto used, auto slot) {
     // The fill makes the unused lanes exactly zero.
     Lanes<T> term = log_total - (load_some(x + i, used, shift + log_total) - shift);
     if constexpr (std::is_same_v<decltype(used), int>) {
       for (int j = used; j < vec::kLanes<T>; ++j) term[j] = 0;
     }
     if (w) term *= load_some(w + i, used, T(0));
-    total += term;
+    total[slot] += term;
   });
-  return vec::sum<T>(total);
+  return total.sum();
 }
 
-// target_c = uniform + label y_c + source h_c; y and h absent where null, h_c = slope h_c clamped to [-1, 1] if slope > 0
+// target_c = uniform + label y_c + source h_c; y and h absent where null, h_c = slope h_c clamped to [-1, 1] if slope >
+// 0
 template <class T>
 SDFAST_CLONES void mix_target(T* target, int64_t n, Mixture<T> mix, const T* y, const T* h, T slope) {
-  sweep<T>(n, [&](int64_t i, auto used) {
+  sweep<T>(n, [&](int64_t i, auto used, auto) {
     Lanes<T> lanes = broadcast(mix.uniform);
     if (y) lanes += load_some(y + i, used, T(0)) * mix.label;
     if (h) {
@@ -141,24 +192,24 @@ struct Sums {
 template <class T>
 SDFAST_CLONES Sums<T> cross_entropy_sums(const T* x, const T* target, int64_t n, T shift, T log_total, const T* w,
                                          bool kl) {
-  Lanes<T> mass = {}, loss = {};
-  sweep<T>(n, [&](int64_t i, auto used) {
+  vec::Total<T> mass, loss;
+  sweep<T>(n, [&](int64_t i, auto used, auto slot) {
     const Lanes<T> t = load_some(target + i, used, T(0));
     Lanes<T> term = log_total - (load_some(x + i, used, shift) - shift);
     if (kl) term += vec::log_or_zero(t);
     term = t == T(0) ? Lanes<T>{} : term * t;
     const Lanes<T> weight = w ? load_some(w + i, used, T(0)) : broadcast(T(1));
-    loss += term * weight;
-    mass += t * weight;
+    loss[slot] += term * weight;
+    mass[slot] += t * weight;
   });
-  return {vec::sum<T>(mass), vec::sum<T>(loss)};
+  return {mass.sum(), loss.sum()};
 }
 
 // out_c = factor (p_c mass - w_c t_c), p_c = out_c normalizer
 template <class T>
 SDFAST_CLONES void write_cross_entropy_gradient(T* out, const T* target, int64_t n, T normalizer, T mass, T factor,
                                                 const T* w) {
-  sweep<T>(n, [&](int64_t i, auto used) {
+  sweep<T>(n, [&](int64_t i, auto used, auto) {
     Lanes<T> t = load_some(target + i, used, T(0));
     if (w) t *= load_some(w + i, used, T(0));
     const Lanes<T> p = load_some(out + i, used, T(0)) * normalizer;
@@ -169,13 +220,13 @@ SDFAST_CLONES void write_cross_entropy_gradient(T* out, const T* target, int64_t
 // sum_c (x_c - t_c)^2; the gradient times factor goes to `out` unless that is null
 template <class T>
 SDFAST_CLONES T squared_error(const T* x, const T* target, int64_t n, T classes, T factor, T* out) {
-  Lanes<T> total = {};
-  sweep<T>(n, [&](int64_t i, auto used) {
+  vec::Total<T> total;
+  sweep<T>(n, [&](int64_t i, auto used, auto slot) {
     const Lanes<T> difference = load_some(x + i, used, T(0)) - load_some(target + i, used, T(0));
-    total += difference * difference;
+    total[slot] += difference * difference;
     if (out) store_some(out + i, mse_gradient(difference, classes) * factor, used);
   });
-  return vec::sum<T>(total);
+  return total.sum();
 }
 
 template <class T>
@@ -186,20 +237,20 @@ struct BrierSums {
 // loss = sum_c (p_c - t_c)^2, inner = sum_c p_c (p_c - t_c), p_c = terms_c normalizer
 template <class T>
 SDFAST_CLONES BrierSums<T> brier_sums(const T* terms, const T* target, int64_t n, T normalizer) {
-  Lanes<T> loss = {}, inner = {};
-  sweep<T>(n, [&](int64_t i, auto used) {
+  vec::Total<T> loss, inner;
+  sweep<T>(n, [&](int64_t i, auto used, auto slot) {
     const Lanes<T> p = load_some(terms + i, used, T(0)) * normalizer;
     const Lanes<T> difference = p - load_some(target + i, used, T(0));
-    loss += difference * difference;
-    inner += p * difference;
+    loss[slot] += difference * difference;
+    inner[slot] += p * difference;
   });
-  return {vec::sum<T>(loss), vec::sum<T>(inner)};
+  return {loss.sum(), inner.sum()};
 }
 
 // out_c = factor times the Brier gradient, p_c = out_c normalizer
 template <class T>
 SDFAST_CLONES void write_brier_gradient(T* out, const T* target, int64_t n, T normalizer, T inner, T factor) {
-  sweep<T>(n, [&](int64_t i, auto used) {
+  sweep<T>(n, [&](int64_t i, auto used, auto) {
     const Lanes<T> p = load_some(out + i, used, T(0)) * normalizer;
     const Lanes<T> difference = p - load_some(target + i, used, T(0));
     store_some(out + i, brier_gradient(p, difference, inner) * factor, used);
@@ -209,12 +260,12 @@ SDFAST_CLONES void write_brier_gradient(T* out, const T* target, int64_t n, T no
 // -sum_c t_c log t_c; NaN where an entry is negative
 template <class T>
 SDFAST_CLONES T entropy(const T* target, int64_t n) {
-  Lanes<T> total = {};
-  sweep<T>(n, [&](int64_t i, auto used) {
+  vec::Total<T> total;
+  sweep<T>(n, [&](int64_t i, auto used, auto slot) {
     const Lanes<T> t = load_some(target + i, used, T(0));
-    total -= t == T(0) ? Lanes<T>{} : t * vec::log_or_zero(t);
+    total[slot] -= t == T(0) ? Lanes<T>{} : t * vec::log_or_zero(t);
   });
-  return vec::sum<T>(total);
+  return total.sum();
 }
 
 }  // namespace sdfast::self_distillation

@@ -17,7 +17,14 @@ enum Loss : int64_t { kCrossEntropy = 0, kKl = 1, kMse = 2, kBrier = 3 };
 enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
 
 // The `state` output: what the backward and the statistics need of the whole batch.
-enum State : int64_t { kAlpha = 0, kDenominator = 1, kAccuracy = 2, kTargetEntropy = 3, kAgreement = 4, kStateSize = 5 };
+enum State : int64_t {
+  kAlpha = 0,
+  kDenominator = 1,
+  kAccuracy = 2,
+  kTargetEntropy = 3,
+  kAgreement = 4,
+  kStateSize = 5
+};
 
 // target_c = uniform + label * y_c + source * h_c
 template <class T>

@@ -6,7 +6,7 @@ from torch import Tensor
 from sdfast import _checks, _dispatch
 from sdfast.ops.self_distillation import arguments
 from sdfast.ops.self_distillation.arguments import AdaptiveAlpha, ClipLabel, LossStats
-from sdfast.ops.self_distillation.op import LOSSES, REDUCTIONS, SelfDistillation
+from sdfast.ops.self_distillation.op import LOSSES, REDUCTIONS, Description, SelfDistillation
 from sdfast.ops.self_distillation.reference import self_distillation_reference
 
 __all__ = ["AdaptiveAlpha", "ClipLabel", "LossStats", "self_distillation_loss"]
@@ -63,8 +63,8 @@ def self_distillation_loss(
         label_smoothing: Of y, before mixing: (1 − s) y + s / C.
         class_weight: (C,), with cross_entropy and kl only.
         row_weight: (...), a factor on each row's loss that changes no denominator.
-        reduction: ``"mean"`` over the rows kept (with `class_weight` and index labels: divided by Σ class_weight[label],
-            as torch does), ``"sum"``, or ``"none"`` for (...) losses. A batch with no row kept has loss 0.
+        reduction: ``"mean"`` over the rows kept (with `class_weight` and index labels divided by Σ class_weight[label],
+            as in torch), ``"sum"``, or ``"none"`` for (...) losses. A batch with no row kept has loss 0.
         return_stats: Also return `LossStats`.
         backend: ``None`` for the best one available, or ``"cpu"``, ``"cuda"``, ``"triton"``, ``"reference"``.
 
@@ -76,7 +76,7 @@ def self_distillation_loss(
     Raises:
         TypeError: A tensor has a dtype that cannot be used, or is no tensor.
         ValueError: Shapes, devices or options do not fit; the message names the argument.
-        IndexError: A label on the CPU is out of range (compiled code raises RuntimeError). On a GPU its row becomes NaN.
+        IndexError: A label on the CPU is out of range. (On a GPU its row becomes NaN.)
         NotImplementedError: The backend asked for cannot serve the call; the message says why.
 
     Note:
@@ -106,23 +106,25 @@ def self_distillation_loss(
         row_weight = _checks.check_weight("row_weight", row_weight, logits.shape[:-1], "(one a row)", logits)
         row_weight = row_weight.reshape(-1)
 
+    description = Description(
+        alpha_value, adaptive, label_code, label_parameter, LOSSES[loss], REDUCTIONS[reduction],
+        ignore_index, label_smoothing,
+    )  # fmt: skip
+    rows_in = (flat, rows, mix, source, class_weight, row_weight)
     chosen = _dispatch.choose(backend, logits.device.type)
+    state: Tensor | None
     if chosen == "reference":
         arguments.check_values(rows, mix, flat, loss, ignore_index)
-        value, state = self_distillation_reference(
-            flat, rows, mix, source, class_weight, row_weight, alpha_value, adaptive,
-            label_code, label_parameter, LOSSES[loss], REDUCTIONS[reduction], ignore_index, label_smoothing,
-        )  # fmt: skip
+        value, state = self_distillation_reference(*rows_in, description)
     else:
-        value = SelfDistillation.apply(
-            chosen, flat, rows, mix, source, class_weight, row_weight, alpha_value, adaptive,
-            label_code, label_parameter, LOSSES[loss], REDUCTIONS[reduction], ignore_index, label_smoothing,
-            return_stats,
-        )  # fmt: skip
-        value, state = value if return_stats else (value, None)
+        out = SelfDistillation.apply(chosen, *rows_in, description, return_stats)
+        value, state = out if return_stats else (out, None)
     if reduction == "none" and logits.dim() != 2:
         value = value.reshape(logits.shape[:-1])
-    return (value, LossStats(state[0], *state[2:].unbind())) if return_stats else value
+    if not return_stats:
+        return value
+    mean_alpha, _, accuracy, target_entropy, agreement = state.unbind()  # type: ignore[union-attr]
+    return value, LossStats(mean_alpha, accuracy, target_entropy, agreement)
 
 
 def labels_are_indices(labels: Tensor, logits: Tensor) -> bool:

@@ -86,10 +86,8 @@ def check_options(
     loss: str, reduction: str, ignore_index: int, label_smoothing: float, class_weight: Tensor | None, labels: Tensor
 ) -> None:
     """Refuses options that do not exist or do not go together; `labels` as `_checks.check_labels` returns them."""
-    if loss not in LOSSES:
-        _checks.check_option("loss", loss, LOSSES)
-    if reduction not in REDUCTIONS:
-        _checks.check_option("reduction", reduction, REDUCTIONS)
+    _checks.check_option("loss", loss, LOSSES)
+    _checks.check_option("reduction", reduction, REDUCTIONS)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: got {label_smoothing!r}, wanted a number in [0, 1]")
     if class_weight is not None and loss not in ("cross_entropy", "kl"):
@@ -140,7 +138,9 @@ def mixing(
         if not math.isfinite(alpha):
             raise ValueError(f"alpha: got {alpha}, wanted a finite number")
         if loss != "mse":
-            raise ValueError(f"alpha: got {alpha}, wanted within [0, 1] for a probability target (mse takes any number)")
+            raise ValueError(
+                f"alpha: got {alpha}, wanted within [0, 1] for a probability target (mse takes any number)"
+            )
     return None, float(alpha), False
 
 
@@ -181,14 +181,14 @@ def warn_no_op(plain: bool) -> None:
     _warned = True
     warnings.warn(
         "self_distillation_loss: with source=None this label_fn and loss give exactly alpha times the plain loss's "
-        "gradient, so the model's own predictions teach it nothing; use label_fn='hardmax', a temperature below 1, or a "
-        "source",
+        "gradient, so the model's own predictions teach it nothing; use label_fn='hardmax', a temperature below 1 or "
+        "a source",
         stacklevel=3,
     )
 
 
 def check_values(labels: Tensor, alpha: Tensor | None, flat: Tensor, loss: str, ignore_index: int) -> None:
-    """The reference's check of labels and α on the CPU, where looking costs nothing and a transform does not forbid it."""
+    """The reference's check of labels and α: on the CPU, where looking costs nothing, and no transform forbids it."""
     if flat.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return
     classes = flat.shape[-1]

@@ -4,6 +4,8 @@
 from the inputs again, for any upstream gradient. Both take the same description of the loss, in this order.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -63,6 +65,19 @@ _TRITON = (
 _OPERATIONS = {"cpu": _NATIVE, "cuda": _NATIVE, "triton": _TRITON}
 
 
+class Description(NamedTuple):
+    """What a call fixes for all rows, as the operations take it."""
+
+    alpha_value: float
+    adaptive: bool
+    label_fn: int
+    label_parameter: float
+    loss: int
+    reduction: int
+    ignore_index: int
+    label_smoothing: float
+
+
 class SelfDistillation(torch.autograd.Function):
     """Loss of the rows of (N, C) logits; with `want_stats` also the state, which carries no gradient.
 
@@ -71,24 +86,20 @@ class SelfDistillation(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx, backend, logits, labels, alpha, source, class_weight, row_weight, alpha_value, adaptive, label_fn,
-        label_parameter, loss, reduction, ignore_index, label_smoothing, want_stats,
-    ):  # fmt: skip
+    def forward(ctx, backend, logits, labels, alpha, source, class_weight, row_weight, description, want_stats):
+        """Computes the loss, and the gradient too where it is wanted and reduced."""
         wanted = ctx.needs_input_grad[1]
         # Compiled code cannot look at the upstream gradient, and folds it in by computing the gradient in the backward.
-        now = wanted and reduction != 0 and not torch.compiler.is_compiling()
+        now = wanted and description.reduction != REDUCTIONS["none"] and not torch.compiler.is_compiling()
         value, gradient, state = _OPERATIONS[backend][0](
-            logits, labels, alpha, source, class_weight, row_weight, alpha_value, adaptive, label_fn, label_parameter,
-            loss, reduction, ignore_index, label_smoothing, now, want_stats,
-        )  # fmt: skip
+            logits, labels, alpha, source, class_weight, row_weight, *description, now, want_stats
+        )
         ctx.set_materialize_grads(False)
         if now:
             ctx.description = None
             ctx.save_for_backward(gradient)
         elif wanted:
-            ctx.backend, ctx.adaptive = backend, adaptive
-            ctx.description = (alpha_value, label_fn, label_parameter, loss, ignore_index, label_smoothing)
+            ctx.backend, ctx.description = backend, description
             ctx.save_for_backward(state, logits, labels, alpha, source, class_weight, row_weight)
         if not want_stats:
             return value
@@ -97,24 +108,24 @@ class SelfDistillation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream, _=None):
+        """Scales the gradient of the forward, or computes it from the saved inputs."""
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "self_distillation_loss: its native backends have no second derivative; pass backend='reference' to "
                 "differentiate the gradient (create_graph=True)"
             )
         if upstream is None:
-            return (None,) * 16
-        if ctx.description is None:
-            (gradient,) = ctx.saved_tensors
-            gradient = _scaled(gradient, upstream)
+            gradient = None
+        elif ctx.description is None:
+            gradient = _scaled(ctx.saved_tensors[0], upstream)
         else:
             state, logits, labels, alpha, source, class_weight, row_weight = ctx.saved_tensors
-            if ctx.adaptive:
-                alpha = state[0]
+            d = ctx.description
             gradient = _OPERATIONS[ctx.backend][1](
-                upstream, state, logits, labels, alpha, source, class_weight, row_weight, *ctx.description
-            )
-        return (None, gradient) + (None,) * 14
+                upstream, state, logits, labels, state[0] if d.adaptive else alpha, source, class_weight, row_weight,
+                d.alpha_value, d.label_fn, d.label_parameter, d.loss, d.ignore_index, d.label_smoothing,
+            )  # fmt: skip
+        return None, gradient, None, None, None, None, None, None, None
 
 
 def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Runs on (N, C) logits in any floating dtype, halves promoted to float32, and und
 import torch
 from torch import Tensor
 
-from sdfast.ops.self_distillation.op import LABEL_FUNCTIONS, LOSSES, REDUCTIONS
+from sdfast.ops.self_distillation.op import LABEL_FUNCTIONS, LOSSES, REDUCTIONS, Description
 
 
 def batch_accuracy(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -27,16 +27,10 @@ def self_distillation_reference(
     source: Tensor | None,  # (N, C)
     class_weight: Tensor | None,  # (C,)
     row_weight: Tensor | None,  # (N,)
-    alpha_value: float,
-    adaptive: bool,
-    label_fn: int,
-    label_parameter: float,
-    loss: int,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
+    description: Description,
 ) -> tuple[Tensor, Tensor]:
     """Returns (loss, state): the loss reduced as asked, and what `op.STATE_SIZE` describes."""
+    alpha_value, adaptive, label_fn, label_parameter, loss, reduction, ignore_index, label_smoothing = description
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
     classes, dtype = logits.shape[-1], logits.dtype
@@ -65,7 +59,9 @@ def self_distillation_reference(
         denominator = torch.where(kept, class_weight.to(dtype)[index], 0).sum()
     else:
         denominator = count.to(dtype)
-    denominator = torch.where(count == 0, 1, denominator) if reduction == REDUCTIONS["mean"] else torch.ones_like(denominator)
+    denominator = (
+        torch.where(count == 0, 1, denominator) if reduction == REDUCTIONS["mean"] else torch.ones_like(denominator)
+    )
     value = rows if reduction == REDUCTIONS["none"] else rows.sum() / denominator
 
     def mean_over_kept(quantity: Tensor) -> Tensor:
