@@ -188,7 +188,7 @@ struct Sums {
 };
 
 // mass = sum_c w_c t_c; loss = sum_c w_c t_c (log_total - (x_c - shift)) [+ w_c t_c log t_c for kl]. A class with no
-// target mass adds nothing, though its logit be -inf.
+// weighted target mass adds nothing, though its logit be -inf.
 template <class T>
 SDFAST_CLONES Sums<T> cross_entropy_sums(const T* x, const T* target, int64_t n, T shift, T log_total, const T* w,
                                          bool kl) {
@@ -197,10 +197,9 @@ SDFAST_CLONES Sums<T> cross_entropy_sums(const T* x, const T* target, int64_t n,
     const Lanes<T> t = load_some(target + i, used, T(0));
     Lanes<T> term = log_total - (load_some(x + i, used, shift) - shift);
     if (kl) term += vec::log_or_zero(t);
-    term = t == T(0) ? Lanes<T>{} : term * t;
-    const Lanes<T> weight = w ? load_some(w + i, used, T(0)) : broadcast(T(1));
-    loss[slot] += term * weight;
-    mass[slot] += t * weight;
+    const Lanes<T> weighted = w ? t * load_some(w + i, used, T(0)) : t;
+    loss[slot] += weighted == T(0) ? Lanes<T>{} : term * weighted;
+    mass[slot] += weighted;
   });
   return {mass.sum(), loss.sum()};
 }

@@ -167,6 +167,11 @@ def test_masked_classes_add_nothing(backend, loss):
         torch.testing.assert_close(x.grad[:, :8], kept.grad)
         assert (x.grad[:, 8:] == 0).all()
     assert self_distillation_loss(logits, torch.full((4,), 9), 1.0, loss=loss, backend=backend) == torch.inf
+    # A class weight of 0 takes a class out as well as a target of 0 does.
+    weight = (torch.arange(12) < 8).double()
+    probabilities = torch.rand(4, 12, dtype=torch.float64).softmax(-1)
+    out = self_distillation_loss(logits, probabilities, 0.5, loss=loss, class_weight=weight, backend=backend)
+    assert out.isfinite()
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
