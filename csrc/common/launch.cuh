@@ -1,6 +1,7 @@
 // Launching kernels: the current stream, the device's limits, the launch itself. tests/native stands in for this file
 // to run the kernels on a CPU.
-#pragma once
+#ifndef SDFAST_LAUNCH_CUH
+#define SDFAST_LAUNCH_CUH
 
 #include "stable.h"
 
@@ -65,3 +66,5 @@ __device__ inline char* dynamic_shared() {
 }
 
 }  // namespace sdfast
+
+#endif

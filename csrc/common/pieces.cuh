@@ -44,7 +44,7 @@ struct Layout {
   }
   __device__ bool holds(int step, int j) const { return kAligned || column(step, j) < columns; }
   __device__ bool owns(int column) const {
-    return (kAligned ? column / kSize : column) % team.size == team.rank;
+    return ((kAligned ? column / kSize : column) & (team.size - 1)) == team.rank;
   }
 };
 
@@ -137,9 +137,11 @@ class CachedRow {
     return piece;
   }
 
-  // visit(step, piece) over this thread's pieces, -inf past the end of the row; kInFlight loads are made at once.
-  template <int kInFlight, class Visit>
+  // visit(step, piece) over this thread's pieces, -inf past the end of the row. kAhead pieces are loaded before the first
+  // is used; an unaligned piece is several loads by itself.
+  template <int kAhead, class Visit>
   __device__ void each(const Visit& visit) {
+    constexpr int kInFlight = kAligned ? kAhead : 1;
     const int steps = layout_.steps();
     for (int begin = 0; begin < steps; begin += kInFlight) {
       Piece<In> pieces[kInFlight];

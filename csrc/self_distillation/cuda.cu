@@ -26,7 +26,7 @@ template <class T>
 struct Batch {
   Reduction reduction = kNone;
   bool adaptive = false;
-  T ratio = 0;
+  T alpha_value = 1;                 // of every row, or the ratio of an adaptive alpha
   T* losses = nullptr;               // (N,)
   T* loss = nullptr;                 // ()
   T* state = nullptr;                // (kStateSize,)
@@ -96,11 +96,11 @@ __device__ inline bool arrives_last(int* blocks_done) {
 
 template <class In, class T>
 __device__ void write_batch(const Problem<In>& problem, const Batch<T>& batch, const double (&sums)[kTallies],
-                            double kept, T divisor) {
+                            double kept, T divisor, T shared_alpha) {
   if (batch.loss) *batch.loss = static_cast<T>(sums[kLossSum] / divisor);
   if (!batch.state) return;
   kept = kept > 0 ? kept : 1;
-  batch.state[kAlpha] = problem.alpha_stride ? static_cast<T>(sums[kAlphaSum] / kept) : problem.alpha_of(0);
+  batch.state[kAlpha] = problem.alpha_stride ? static_cast<T>(sums[kAlphaSum] / kept) : problem.alpha_of(0, shared_alpha);
   batch.state[kDenominator] = divisor;
   batch.state[kAccuracy] = static_cast<T>(sums[kCorrectSum] / kept);
   batch.state[kTargetEntropy] = static_cast<T>(sums[kEntropySum] / kept);
@@ -109,11 +109,12 @@ __device__ void write_batch(const Problem<In>& problem, const Batch<T>& batch, c
 
 // ---- The rows. ----
 
-template <class In, bool kAligned>
-__global__ void __launch_bounds__(kMaxThreads) rows_kernel(Problem<In> problem, const Batch<Accumulated<In>> batch) {
+template <class In, bool kAligned, bool kDense>
+__global__ void __launch_bounds__(kMaxThreads, kDense ? 1 : 2)
+    rows_kernel(const Problem<In> problem, const Batch<Accumulated<In>> batch) {
   using T = Accumulated<In>;
   double counts[kCounts] = {0, 0, 0};
-  T divisor = 1;
+  T divisor = 1, shared_alpha = batch.alpha_value;
   if (batch.upstream) {
     divisor = batch.given_state[kDenominator];
   } else if (batch.forward_needs_batch()) {
@@ -125,8 +126,8 @@ __global__ void __launch_bounds__(kMaxThreads) rows_kernel(Problem<In> problem, 
     if (batch.reduction == kMean && counts[kKept] > 0)
       divisor = static_cast<T>(problem.class_weight && problem.labels ? counts[kWeight] : counts[kKept]);
     if (batch.adaptive)
-      problem.shared_alpha =
-          adaptive_alpha(batch.ratio, static_cast<T>(counts[kCorrect]), static_cast<T>(counts[kKept]));
+      shared_alpha =
+          adaptive_alpha(batch.alpha_value, static_cast<T>(counts[kCorrect]), static_cast<T>(counts[kKept]));
   }
 
   const Layout<In, kAligned> layout = {team_of(problem.team_size), problem.classes};
@@ -138,9 +139,9 @@ __global__ void __launch_bounds__(kMaxThreads) rows_kernel(Problem<In> problem, 
       if (batch.losses && layout.team.rank == 0) batch.losses[i] = 0;
       continue;
     }
-    const T alpha = problem.alpha_of(i), weight = problem.row_weight ? problem.row_weight[i] : T(1);
+    const T alpha = problem.alpha_of(i, shared_alpha), weight = problem.row_weight ? problem.row_weight[i] : T(1);
     const T above = batch.upstream ? batch.upstream[i * batch.upstream_stride] : T(1);
-    const RowResult<T> row = Row<In, kAligned>(problem, layout, i, alpha, above * weight / divisor).run();
+    const RowResult<T> row = Row<In, kAligned, kDense>(problem, layout, i, alpha, above * weight / divisor).run();
     if (layout.team.rank != 0) continue;
     if (batch.losses) batch.losses[i] = row.loss * weight;
     sums[kLossSum] += row.loss * weight;
@@ -158,7 +159,7 @@ __global__ void __launch_bounds__(kMaxThreads) rows_kernel(Problem<In> problem, 
     if (!arrives_last(batch.blocks_done)) return;
     sum_partials(batch.tallies, gridDim.x, sums);
   }
-  if (threadIdx.x == 0) write_batch(problem, batch, sums, counts[kKept], divisor);
+  if (threadIdx.x == 0) write_batch(problem, batch, sums, counts[kKept], divisor, shared_alpha);
 }
 
 // gradient *= upstream, which is read on the device: a plain loss.backward() passes 1, and every block leaves at once.
@@ -220,8 +221,8 @@ Shape shape_for(const CudaStream& stream, int64_t rows, int64_t classes, int pie
 template <class In>
 Problem<In> make_problem(const Tensor& logits, const Tensor& labels, const OptionalTensor& alpha,
                          const OptionalTensor& source, const OptionalTensor& class_weight,
-                         const OptionalTensor& row_weight, double alpha_value, int64_t label_fn,
-                         double label_parameter, int64_t loss, int64_t ignore_index, double label_smoothing) {
+                         const OptionalTensor& row_weight, int64_t label_fn, double label_parameter, int64_t loss,
+                         int64_t ignore_index, double label_smoothing) {
   using T = Accumulated<In>;
   constexpr int64_t kMostClasses = 1 << 30;  // columns are counted in int
   if (logits.size(1) > kMostClasses)
@@ -241,7 +242,6 @@ Problem<In> make_problem(const Tensor& logits, const Tensor& labels, const Optio
     problem.alpha = alpha->const_data_ptr<T>();
     problem.alpha_stride = alpha->dim();  // the caller passes () or a contiguous (N,)
   }
-  problem.shared_alpha = static_cast<T>(alpha_value);
   if (class_weight) problem.class_weight = class_weight->const_data_ptr<T>();
   if (row_weight) problem.row_weight = row_weight->const_data_ptr<T>();
   problem.label_fn = static_cast<LabelFunction>(label_fn);
@@ -252,7 +252,7 @@ Problem<In> make_problem(const Tensor& logits, const Tensor& labels, const Optio
   return problem;
 }
 
-template <class In, bool kAligned>
+template <class In, bool kAligned, bool kDense>
 void launch(const CudaStream& stream, Problem<In> problem, Batch<Accumulated<In>> batch, const Tensor& logits) {
   if (problem.rows == 0 && !batch.loss && !batch.state) return;
   const Shape shape = shape_for(stream, problem.rows, problem.classes, Piece<In>::kSize);
@@ -261,7 +261,7 @@ void launch(const CudaStream& stream, Problem<In> problem, Batch<Accumulated<In>
   const auto blocks_for = [&](int teams, int64_t most) {
     return static_cast<int>(std::min((problem.rows + teams - 1) / teams, most));
   };
-  const auto kernel = rows_kernel<In, kAligned>;
+  const auto kernel = rows_kernel<In, kAligned, kDense>;
   const bool needs_batch = !batch.upstream && (batch.loss || batch.state);
   if (needs_batch && shape.one_block)
     return stream.launch(kernel, 1, shape.threads, shape.shared_bytes, problem, batch);
@@ -283,13 +283,24 @@ void launch(const CudaStream& stream, Problem<In> problem, Batch<Accumulated<In>
   stream.launch(kernel, blocks, shape.threads, shape.shared_bytes, problem, batch);
 }
 
-template <class In>
-void launch_aligned_or_not(const CudaStream& stream, const Problem<In>& problem, const Batch<Accumulated<In>>& batch,
-                           const Tensor& logits) {
-  if (problem.logits.template in_pieces<In>(problem.classes, logits.scalar_type()))
-    launch<In, true>(stream, problem, batch, logits);
+template <class In, bool kAligned>
+void launch_dense_or_not(const CudaStream& stream, const Problem<In>& problem, const Batch<Accumulated<In>>& batch,
+                         const Tensor& logits) {
+  const bool log_loss = problem.loss == kCrossEntropy || problem.loss == kKl;
+  const bool plain = !problem.alpha && !batch.adaptive && batch.alpha_value == 1;
+  if (log_loss && problem.labels && problem.label_smoothing == 0 && (plain || problem.label_fn == kHardmax))
+    launch<In, kAligned, false>(stream, problem, batch, logits);
   else
-    launch<In, false>(stream, problem, batch, logits);
+    launch<In, kAligned, true>(stream, problem, batch, logits);
+}
+
+template <class In>
+void launch_for(const CudaStream& stream, const Problem<In>& problem, const Batch<Accumulated<In>>& batch,
+                const Tensor& logits) {
+  if (problem.logits.template in_pieces<In>(problem.classes, logits.scalar_type()))
+    launch_dense_or_not<In, true>(stream, problem, batch, logits);
+  else
+    launch_dense_or_not<In, false>(stream, problem, batch, logits);
 }
 
 template <class In>
@@ -324,13 +335,13 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor logits, Tensor labels, Optiona
     using In = decltype(zero);
     using T = Accumulated<In>;
     const CudaStream stream(logits);
-    Problem<In> problem = make_problem<In>(logits, labels, alpha, source, class_weight, row_weight, alpha_value,
-                                           label_fn, label_parameter, loss, ignore_index, label_smoothing);
+    Problem<In> problem = make_problem<In>(logits, labels, alpha, source, class_weight, row_weight, label_fn,
+                                           label_parameter, loss, ignore_index, label_smoothing);
     problem.want_stats = want_stats;
     Batch<T> batch;
     batch.reduction = static_cast<Reduction>(reduction);
     batch.adaptive = adaptive;
-    batch.ratio = static_cast<T>(alpha_value);
+    batch.alpha_value = static_cast<T>(alpha_value);
 
     Tensor value = reduction == kNone ? new_tensor(logits, {problem.rows}, kType<T>) : new_tensor(logits, {}, kType<T>);
     (reduction == kNone ? batch.losses : batch.loss) = value.mutable_data_ptr<T>();
@@ -338,7 +349,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor logits, Tensor labels, Optiona
     Tensor state = new_tensor(logits, {state_size}, kType<T>);
     if (state_size) batch.state = state.mutable_data_ptr<T>();
     Tensor gradient = want_gradient ? new_gradient(problem, logits) : new_tensor(logits, {0}, logits.scalar_type());
-    launch_aligned_or_not(stream, problem, batch, logits);
+    launch_for(stream, problem, batch, logits);
     return std::tuple<Tensor, Tensor, Tensor>(value, gradient, state);
   });
 }
@@ -350,14 +361,15 @@ Tensor backward(Tensor upstream, Tensor state, Tensor logits, Tensor labels, Opt
     using In = decltype(zero);
     using T = Accumulated<In>;
     const CudaStream stream(logits);
-    Problem<In> problem = make_problem<In>(logits, labels, alpha, source, class_weight, row_weight, alpha_value,
-                                           label_fn, label_parameter, loss, ignore_index, label_smoothing);
+    Problem<In> problem = make_problem<In>(logits, labels, alpha, source, class_weight, row_weight, label_fn,
+                                           label_parameter, loss, ignore_index, label_smoothing);
     Tensor gradient = new_gradient(problem, logits);
     Batch<T> batch;
+    batch.alpha_value = static_cast<T>(alpha_value);
     batch.upstream = upstream.const_data_ptr<T>();
     batch.upstream_stride = upstream.dim() == 1 ? upstream.stride(0) : 0;
     batch.given_state = state.const_data_ptr<T>();
-    launch_aligned_or_not(stream, problem, batch, logits);
+    launch_for(stream, problem, batch, logits);
     return gradient;
   });
 }

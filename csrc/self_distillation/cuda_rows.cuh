@@ -21,13 +21,13 @@ struct Problem {
   int classes = 0;
   LabelFunction label_fn = kHardmax;
   Loss loss = kCrossEntropy;
-  T label_parameter = 1, label_smoothing = 0, shared_alpha = 1;
+  T label_parameter = 1, label_smoothing = 0;
   bool want_stats = false;
   In* gradient = nullptr;               // (N, C) or absent
   int team_size = 0, cache_slots = 0;   // threads that share a row; pieces of it that a thread keeps in shared memory
 
   __device__ bool kept(int64_t i) const { return !labels || labels[i * label_stride] != ignore_index; }
-  __device__ T alpha_of(int64_t i) const { return alpha ? alpha[i * alpha_stride] : shared_alpha; }
+  __device__ T alpha_of(int64_t i, T shared) const { return alpha ? alpha[i * alpha_stride] : shared; }
   __device__ bool one_column_signs() const { return classes == 1 && soft_labels.data; }
 };
 
@@ -140,7 +140,9 @@ struct RowResult {
   bool correct = false, agrees = false;
 };
 
-template <class In, bool kAligned>
+// kDense: the target may have any number of classes above zero. Without it the kernel is half as large, and enough for
+// index labels with a one-hot h, or with none.
+template <class In, bool kAligned, bool kDense>
 struct Row {
   using T = Accumulated<In>;
   using Pieces = Piece<In>;
@@ -155,7 +157,8 @@ struct Row {
   OutputRow<In, kAligned> out;
   Mixture<T> mix;
   int label = -1, hard = -1;  // columns of a one-hot y and h
-  bool poisoned = false;      // the target is not a number
+  bool bad_label = false;     // out of range
+  bool poisoned = false;      // the target is not a number: by its label or by a hardmax of NaN
   Online<In> top;             // of the logits
   T source_top = 0, source_scale = 0, inverse_temperature = 1;
   RowResult<T> result;
@@ -172,13 +175,18 @@ struct Row {
   __device__ RowResult<T> run() {
     read_label();
     read_logits_and_source();
-    if (poisoned) mix.uniform = kNaN;
-    const bool log_loss = problem.loss == kCrossEntropy || problem.loss == kKl;
-    if (log_loss && problem.labels && mix.uniform == 0 && (mix.source == 0 || problem.label_fn == kHardmax))
+    if (poisoned) mix.label = mix.uniform = kNaN;
+    if constexpr (kDense) {
+      const bool log_loss = problem.loss == kCrossEntropy || problem.loss == kKl;
+      if (log_loss && problem.labels && mix.uniform == 0 && (mix.source == 0 || problem.label_fn == kHardmax))
+        sparse();
+      else
+        dense();
+      if (problem.want_stats) result.correct = is_correct(problem, i, layout, top);
+    } else {
       sparse();
-    else
-      dense();
-    if (problem.want_stats) result.correct = is_correct(problem, i, layout, top);
+      if (problem.want_stats) result.correct = top.top == top.top && top.index == label && !bad_label;
+    }
     return result;
   }
 
@@ -193,17 +201,17 @@ struct Row {
   __device__ void read_label() {
     if (!problem.labels) return;
     const int64_t given = problem.labels[i * problem.label_stride];
-    poisoned = given < 0 || given >= problem.classes;  // no address is made of it
-    label = poisoned ? 0 : static_cast<int>(given);
+    bad_label = poisoned = given < 0 || given >= problem.classes;  // no address is made of it
+    label = bad_label ? 0 : static_cast<int>(given);
   }
 
   __device__ void read_logits_and_source() {
     const bool own_source = !problem.source.data;
     const bool hardmax = mix.source != 0 && problem.label_fn == kHardmax;
-    const bool softmax = mix.source != 0 && problem.label_fn == kSoftmax;
+    const bool softmax = kDense && mix.source != 0 && problem.label_fn == kSoftmax;
     if (softmax) inverse_temperature = T(1) / problem.label_parameter;
 
-    const bool sums = problem.loss != kMse || (own_source && softmax);
+    const bool sums = !kDense || problem.loss != kMse || (own_source && softmax);
     const bool want_index = problem.want_stats || (own_source && hardmax);
     if (sums || want_index) {
       const T own_temperature = own_source ? inverse_temperature : T(1);
@@ -239,7 +247,7 @@ struct Row {
     if (problem.loss == kKl) result.loss += sparse_log_target(source, weight(label), weight(source));
     if (problem.want_stats) {
       result.entropy = -sparse_log_target(source, T(1), T(1));
-      result.agrees = top.top == top.top && keeps_label(mix, label, source);
+      result.agrees = top.top == top.top && mix.label == mix.label && keeps_label(mix, label, source);
     }
     if (!(top.total > 0)) result.loss = kNaN;  // a NaN or nothing but -inf, whatever the target weighs
     if (!problem.gradient) return;
