@@ -137,8 +137,8 @@ class CachedRow {
     return piece;
   }
 
-  // visit(step, piece) over this thread's pieces, -inf past the end of the row. kAhead pieces are loaded before the first
-  // is used; an unaligned piece is several loads by itself.
+  // visit(step, piece) over this thread's pieces, -inf past the end of the row. kAhead pieces are loaded before the
+  // first is used; an unaligned piece is several loads by itself.
   template <int kAhead, class Visit>
   __device__ void each(const Visit& visit) {
     constexpr int kInFlight = kAligned ? kAhead : 1;

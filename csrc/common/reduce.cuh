@@ -23,7 +23,9 @@ __device__ inline Team team_of(int size) {
   return {size, lane % size, ((1u << size) - 1) << (lane / size * size)};
 }
 
-__device__ inline Team block_team() { return {static_cast<int>(blockDim.x), static_cast<int>(threadIdx.x), 0xffffffffu}; }
+__device__ inline Team block_team() {
+  return {static_cast<int>(blockDim.x), static_cast<int>(threadIdx.x), 0xffffffffu};
+}
 
 // join(left, right) must be commutative, so that a butterfly leaves the same bits in every lane.
 template <int kValues, class T, class Join>
@@ -41,6 +43,7 @@ __device__ inline void reduce(const Team& team, T (&values)[kValues], const Join
   __syncthreads();
   for (int v = 0; v < kValues; ++v) {
     values[v] = of_warp[v][0];
+#pragma unroll 1
     for (int other = 1; other < warps; ++other) values[v] = join(values[v], of_warp[v][other]);
   }
 }

@@ -13,10 +13,10 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int kRowThreads = 256;              // of a block that takes several rows
-constexpr int kCountBlocks = 256;             // at most, of the launch that counts a large batch
-constexpr int64_t kOneBlockEntries = 16384;   // a batch no larger is one block's work, and then one launch's
-constexpr int kStaticSharedBytes = 8192;      // room left to the reductions
+constexpr int kRowThreads = 256;             // of a block that takes several rows
+constexpr int kCountBlocks = 256;            // at most, of the launch that counts a large batch
+constexpr int64_t kOneBlockEntries = 16384;  // a batch no larger is one block's work, and then one launch's
+constexpr int kStaticSharedBytes = 8192;     // room left to the reductions
 
 enum Count { kKept, kWeight, kCorrect, kCounts };
 enum Tally { kLossSum, kAlphaSum, kCorrectSum, kEntropySum, kAgreeSum, kTallies };
@@ -26,22 +26,23 @@ template <class T>
 struct Batch {
   Reduction reduction = kNone;
   bool adaptive = false;
-  T alpha_value = 1;                 // of every row, or the ratio of an adaptive alpha
-  T* losses = nullptr;               // (N,)
-  T* loss = nullptr;                 // ()
-  T* state = nullptr;                // (kStateSize,)
-  const T* upstream = nullptr;       // () or (N,), of a backward launch, which takes its divisor from `given_state`
+  T alpha_value = 1;            // of every row, or the ratio of an adaptive alpha
+  T* losses = nullptr;          // (N,)
+  T* loss = nullptr;            // ()
+  T* state = nullptr;           // (kStateSize,)
+  const T* upstream = nullptr;  // () or (N,), of a backward launch, which takes its divisor from `given_state`
   int64_t upstream_stride = 0;
   const T* given_state = nullptr;
-  double* counts = nullptr;          // (count_blocks, kCounts), of the launch before; null: this one block counts
+  double* counts = nullptr;  // (count_blocks, kCounts), of the launch before; null: this one block counts
   int count_blocks = 0;
-  double* tallies = nullptr;         // (blocks, kTallies)
-  int* blocks_done = nullptr;        // zeroed by the launch before
+  double* tallies = nullptr;   // (blocks, kTallies)
+  int* blocks_done = nullptr;  // zeroed by the launch before
 
   __device__ bool forward_needs_batch() const { return !upstream && (loss || state); }
 };
 
-// ---- The batch: counts before the rows, sums after them. All sums are in a fixed order, with no atomics on floats. ----
+// ---- The batch: counts before the rows, sums after them. All sums are in a fixed order, with no atomics on floats.
+// ----
 
 // Over every rows_step-th row from `first`: kept rows, their class weights and, for an adaptive alpha, correct ones.
 template <class In, bool kAligned>
@@ -52,7 +53,8 @@ __device__ void count_rows(const Problem<In>& problem, bool correct, int block, 
   for (int64_t i = block * teams + threadIdx.x / layout.team.size; i < problem.rows; i += blocks * teams) {
     if (!problem.kept(i)) continue;
     bool right = false;
-    if (correct) right = is_correct(problem, i, layout, scan(problem.logits, i, layout, false, true, Accumulated<In>(1)));
+    if (correct)
+      right = is_correct(problem, i, layout, scan(problem.logits, i, layout, false, true, Accumulated<In>(1)));
     if (layout.team.rank != 0) continue;
     counts[kKept] += 1;
     counts[kCorrect] += right;
@@ -64,8 +66,8 @@ __device__ void count_rows(const Problem<In>& problem, bool correct, int block, 
 }
 
 template <class In, bool kAligned>
-__global__ void __launch_bounds__(kMaxThreads) count_kernel(const Problem<In> problem, const bool correct,
-                                                            double* const partial, int* const blocks_done) {
+__global__ void __launch_bounds__(kMaxThreads)
+    count_kernel(const Problem<In> problem, const bool correct, double* const partial, int* const blocks_done) {
   double counts[kCounts];
   count_rows<In, kAligned>(problem, correct, blockIdx.x, gridDim.x, counts);
   if (threadIdx.x != 0) return;
@@ -100,7 +102,8 @@ __device__ void write_batch(const Problem<In>& problem, const Batch<T>& batch, c
   if (batch.loss) *batch.loss = static_cast<T>(sums[kLossSum] / divisor);
   if (!batch.state) return;
   kept = kept > 0 ? kept : 1;
-  batch.state[kAlpha] = problem.alpha_stride ? static_cast<T>(sums[kAlphaSum] / kept) : problem.alpha_of(0, shared_alpha);
+  batch.state[kAlpha] =
+      problem.alpha_stride ? static_cast<T>(sums[kAlphaSum] / kept) : problem.alpha_of(0, shared_alpha);
   batch.state[kDenominator] = divisor;
   batch.state[kAccuracy] = static_cast<T>(sums[kCorrectSum] / kept);
   batch.state[kTargetEntropy] = static_cast<T>(sums[kEntropySum] / kept);
@@ -126,8 +129,7 @@ __global__ void __launch_bounds__(kMaxThreads, kDense ? 1 : 2)
     if (batch.reduction == kMean && counts[kKept] > 0)
       divisor = static_cast<T>(problem.class_weight && problem.labels ? counts[kWeight] : counts[kKept]);
     if (batch.adaptive)
-      shared_alpha =
-          adaptive_alpha(batch.alpha_value, static_cast<T>(counts[kCorrect]), static_cast<T>(counts[kKept]));
+      shared_alpha = adaptive_alpha(batch.alpha_value, static_cast<T>(counts[kCorrect]), static_cast<T>(counts[kKept]));
   }
 
   const Layout<In, kAligned> layout = {team_of(problem.team_size), problem.classes};
@@ -164,8 +166,8 @@ __global__ void __launch_bounds__(kMaxThreads, kDense ? 1 : 2)
 
 // gradient *= upstream, which is read on the device: a plain loss.backward() passes 1, and every block leaves at once.
 template <class In>
-__global__ void __launch_bounds__(kRowThreads) scale_kernel(In* const gradient, const int64_t count,
-                                                            const Accumulated<In>* const upstream) {
+__global__ void __launch_bounds__(kRowThreads)
+    scale_kernel(In* const gradient, const int64_t count, const Accumulated<In>* const upstream) {
   using T = Accumulated<In>;
   constexpr int kSize = Piece<In>::kSize;
   const T factor = *upstream;
@@ -188,8 +190,9 @@ constexpr ScalarType kType = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Do
 
 // Threads for a row of `pieces`: some four pieces each within a warp, then up to eight, then more warps.
 int team_size_for(int64_t pieces) {
-  const int64_t wanted = pieces <= 4 ? pieces : pieces <= 8 * kWarp ? std::clamp<int64_t>((pieces + 3) / 4, 4, kWarp)
-                                                                    : std::clamp<int64_t>((pieces + 7) / 8, 128, kMaxThreads);
+  const int64_t wanted = pieces <= 4           ? pieces
+                         : pieces <= 8 * kWarp ? std::clamp<int64_t>((pieces + 3) / 4, 4, kWarp)
+                                               : std::clamp<int64_t>((pieces + 7) / 8, 128, kMaxThreads);
   int size = 1;
   while (size < wanted) size *= 2;
   return size;
@@ -207,8 +210,10 @@ Shape shape_for(const CudaStream& stream, int64_t rows, int64_t classes, int pie
   shape.team_size = team_size_for(pieces);
   shape.one_block = rows <= 1 || rows * classes <= kOneBlockEntries;
   shape.threads = std::max(shape.team_size, kRowThreads);
-  if (shape.team_size > kWarp) shape.threads = shape.team_size;
-  else if (shape.one_block && rows * shape.team_size > kRowThreads) shape.threads = kMaxThreads;
+  if (shape.team_size > kWarp)
+    shape.threads = shape.team_size;
+  else if (shape.one_block && rows * shape.team_size > kRowThreads)
+    shape.threads = kMaxThreads;
   const int64_t slot_bytes = int64_t{16} * shape.threads;
   const int64_t slots = (pieces + shape.team_size - 1) / shape.team_size;
   int64_t room = kWithoutAsking - kStaticSharedBytes;
@@ -266,8 +271,8 @@ void launch(const CudaStream& stream, Problem<In> problem, Batch<Accumulated<In>
   if (needs_batch && shape.one_block)
     return stream.launch(kernel, 1, shape.threads, shape.shared_bytes, problem, batch);
 
-  const int blocks = blocks_for(shape.threads / shape.team_size,
-                                stream.resident_blocks(kernel, shape.threads, shape.shared_bytes));
+  const int blocks =
+      blocks_for(shape.threads / shape.team_size, stream.resident_blocks(kernel, shape.threads, shape.shared_bytes));
   Tensor workspace;
   if (needs_batch) {
     const int count_threads = problem.team_size > kWarp ? problem.team_size : kRowThreads;

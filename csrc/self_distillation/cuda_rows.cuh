@@ -13,18 +13,18 @@ struct Problem {
   Operand logits, source, soft_labels;  // (N, C); source and soft_labels may be absent
   const int64_t* labels = nullptr;      // (N,), absent with soft_labels
   int64_t label_stride = 0;
-  const T* alpha = nullptr;             // (N,) or, with stride 0, one value
+  const T* alpha = nullptr;  // (N,) or, with stride 0, one value
   int64_t alpha_stride = 0;
-  const T* class_weight = nullptr;      // (C,)
-  const T* row_weight = nullptr;        // (N,)
+  const T* class_weight = nullptr;  // (C,)
+  const T* row_weight = nullptr;    // (N,)
   int64_t rows = 0, ignore_index = 0;
   int classes = 0;
   LabelFunction label_fn = kHardmax;
   Loss loss = kCrossEntropy;
   T label_parameter = 1, label_smoothing = 0;
   bool want_stats = false;
-  In* gradient = nullptr;               // (N, C) or absent
-  int team_size = 0, cache_slots = 0;   // threads that share a row; pieces of it that a thread keeps in shared memory
+  In* gradient = nullptr;              // (N, C) or absent
+  int team_size = 0, cache_slots = 0;  // threads that share a row; pieces of it that a thread keeps in shared memory
 
   __device__ bool kept(int64_t i) const { return !labels || labels[i * label_stride] != ignore_index; }
   __device__ T alpha_of(int64_t i, T shared) const { return alpha ? alpha[i * alpha_stride] : shared; }
@@ -224,8 +224,7 @@ struct Row {
                  [&](int step, T(&x)[kSize]) { widen(logits.fetch(step), x); });
     }
     if (!hardmax && !softmax) return;
-    const Online<In> peak =
-        own_source ? top : scan(problem.source, i, layout, softmax, hardmax, inverse_temperature);
+    const Online<In> peak = own_source ? top : scan(problem.source, i, layout, softmax, hardmax, inverse_temperature);
     if (hardmax) {
       hard = peak.index;
       poisoned = poisoned || peak.top != peak.top;
@@ -388,8 +387,7 @@ struct Row {
     if (problem.one_column_signs()) {
       result.agrees = (peak > 0) == (problem.soft_labels.template element<T>(i, 0) > 0);
     } else if (peak == peak) {
-      result.agrees =
-          index == (problem.labels ? label : scan(problem.soft_labels, i, layout, false, true, T(1)).index);
+      result.agrees = index == (problem.labels ? label : scan(problem.soft_labels, i, layout, false, true, T(1)).index);
     }
   }
 };

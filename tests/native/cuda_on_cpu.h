@@ -153,7 +153,8 @@ class CudaStream {
   template <class Kernel, class... Arguments>
   void launch(const Kernel& kernel, int blocks, int threads, int shared_bytes, const Arguments&... arguments) const {
     if (blocks < 1 || threads < 32 || threads > 1024 || threads % 32 || shared_bytes > max_shared_bytes()) {
-      std::fprintf(stderr, "cuda_on_cpu: cannot launch %d blocks of %d threads, %d bytes\n", blocks, threads, shared_bytes);
+      std::fprintf(stderr, "cuda_on_cpu: cannot launch %d blocks of %d threads, %d bytes\n", blocks, threads,
+                   shared_bytes);
       std::abort();
     }
     ++cuda_on_cpu::launches;

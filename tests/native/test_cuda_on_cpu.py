@@ -99,7 +99,9 @@ STEP = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.f
 def assert_near(name, got, wanted, tolerance, floor=1e-30):
     got, wanted = got.double(), wanted.double()
     finite = wanted.isfinite()
-    torch.testing.assert_close(got[~finite], wanted[~finite], rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{name}: {m}")
+    torch.testing.assert_close(
+        got[~finite], wanted[~finite], rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{name}: {m}"
+    )
     scale = wanted[finite].abs().max().item() if finite.any() else 0.0
     torch.testing.assert_close(
         got[finite], wanted[finite], rtol=tolerance, atol=tolerance * max(scale, floor), msg=lambda m: f"{name}: {m}"
@@ -151,7 +153,9 @@ def test_every_row_length(emulated, classes, dtype):
 
 OPTIONS = [
     (loss, label_fn, soft, source)
-    for loss, label_fn, soft, source in itertools.product(LOSSES, LABEL_FUNCTIONS, (False, True), (None, "same", "other"))
+    for loss, label_fn, soft, source in itertools.product(
+        LOSSES, LABEL_FUNCTIONS, (False, True), (None, "same", "other")
+    )
     if loss == "mse" or label_fn in ("hardmax", "softmax")
 ]
 
@@ -237,7 +241,9 @@ def test_labels_out_of_range_poison_their_row_alone(emulated, loss):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_nan_alpha_gives_nan(emulated, loss):
     logits, labels = make(4, 10)
-    value, gradient, _ = emulated.forward(logits, labels=labels, alpha=torch.tensor(torch.nan), loss=loss, reduction="none")
+    value, gradient, _ = emulated.forward(
+        logits, labels=labels, alpha=torch.tensor(torch.nan), loss=loss, reduction="none"
+    )
     kept = labels != -100
     assert value[kept].isnan().all()
     assert gradient[kept].isnan().all()
@@ -249,7 +255,13 @@ def test_nothing_kept(emulated, rows):
     logits, labels = make(rows, 10)
     logits[:] = torch.nan
     labels[:] = -100
-    for options in ({}, {"adaptive": True}, {"class_weight": torch.rand(10)}, {"reduction": "sum"}, {"reduction": "none"}):
+    for options in (
+        {},
+        {"adaptive": True},
+        {"class_weight": torch.rand(10)},
+        {"reduction": "sum"},
+        {"reduction": "none"},
+    ):
         value, gradient, _ = emulated.forward(logits, labels=labels, **options)
         assert (value == 0).all()
         assert (gradient == 0).all()
