@@ -252,7 +252,7 @@ struct Row {
     if (!problem.gradient) return;
 
     const T scale = factor * (mass / top.total);
-    logits.template each<4>([&](int step, const Pieces& piece) {
+    logits.template each<1>([&](int step, const Pieces& piece) {
       T g[kSize];
       widen(piece, g);
 #pragma unroll

@@ -1,5 +1,8 @@
-"""The CUDA kernels' own source, run on the CPU: g++ compiles it against `cuda_on_cpu.h`, which makes every CUDA thread a
-fibre. What this proves is indexing, masks, barriers and formulas; not `nvcc`'s code, the memory model or speed."""
+"""The CUDA kernels' own source, run on the CPU.
+
+g++ compiles it against `cuda_on_cpu.h`, which makes every CUDA thread a fibre. This proves indexing, masks, barriers and
+formulas; not what nvcc makes of them, the memory model or speed.
+"""
 
 import ctypes
 import itertools
@@ -40,7 +43,7 @@ def emulated(tmp_path_factory):
         library.define(schema.removeprefix("sdfast::"))
     library.define("_scale_in_place(Tensor(a!) gradient, Tensor upstream) -> ()")
     torch.ops.load_library(built)
-    yield Emulated(library, ctypes.CDLL(str(built)))
+    return Emulated(library, ctypes.CDLL(str(built)))
 
 
 class Emulated:
@@ -109,7 +112,7 @@ def assert_near(name, got, wanted, tolerance, floor=1e-30):
 
 
 def check(emulated, logits, **options):
-    """Forward with and without a gradient, statistics, and backward under an upstream gradient, all by the reference."""
+    """Forward with and without a gradient, statistics, and backward under an upstream gradient, by the reference."""
     accumulated = max(STEP[accumulation_dtype(logits.dtype)], 3e-6 if logits.element_size() == 2 else 0)
     value, gradient, state = emulated.forward(logits, **options)
     wanted_value, wanted_gradient, wanted_state = reference(logits, **options)
