@@ -1,7 +1,7 @@
 """The CUDA kernels' own source, run on the CPU.
 
-g++ compiles it against `cuda_on_cpu.h`, which makes every CUDA thread a fibre. This proves indexing, masks, barriers and
-formulas; not what nvcc makes of them, the memory model or speed.
+g++ compiles it against `cuda_on_cpu.h`, which makes every CUDA thread a fibre. This proves indexing, masks, barriers
+and formulas; not what nvcc makes of them, the memory model or speed.
 """
 
 import ctypes
