@@ -1,0 +1,403 @@
+// One row of the self-distillation loss on the GPU, by the team of threads that shares it.
+#pragma once
+
+#include "../common/pieces.cuh"
+#include "kernel.h"
+
+namespace sdfast::self_distillation {
+
+// What a call fixes for all rows.
+template <class In>
+struct Problem {
+  using T = Accumulated<In>;
+  Operand logits, source, soft_labels;  // (N, C); source and soft_labels may be absent
+  const int64_t* labels = nullptr;      // (N,), absent with soft_labels
+  int64_t label_stride = 0;
+  const T* alpha = nullptr;  // (N,) or, with stride 0, one value
+  int64_t alpha_stride = 0;
+  const T* class_weight = nullptr;  // (C,)
+  const T* row_weight = nullptr;    // (N,)
+  int64_t rows = 0, ignore_index = 0;
+  int classes = 0;
+  LabelFunction label_fn = kHardmax;
+  Loss loss = kCrossEntropy;
+  T label_parameter = 1, label_smoothing = 0;
+  bool want_stats = false;
+  In* gradient = nullptr;              // (N, C) or absent
+  int team_size = 0, cache_slots = 0;  // threads that share a row; pieces of it that a thread keeps in shared memory
+
+  __device__ bool kept(int64_t i) const { return !labels || labels[i * label_stride] != ignore_index; }
+  __device__ T alpha_of(int64_t i, T shared) const { return alpha ? alpha[i * alpha_stride] : shared; }
+  __device__ bool one_column_signs() const { return classes == 1 && soft_labels.data; }
+};
+
+template <class In>
+__device__ inline Accumulated<In> exponential(Accumulated<In> x) {
+  if constexpr (sizeof(In) == 2) {
+    return __expf(x);  // its error is far below a half's rounding
+  } else {
+    return exp(x);
+  }
+}
+
+// Largest entry and sums of exponentials in one pass: the sums are rescaled whenever a larger entry turns up.
+template <class In>
+struct Online {
+  using T = Accumulated<In>;
+  static constexpr int kSize = Piece<In>::kSize;
+  static constexpr int kNowhere = 0x7fffffff;
+
+  T top = -std::numeric_limits<T>::infinity();  // NaN once any entry is
+  T total = 0;                                  // sum_c exp(x_c - top)
+  T tempered = 0;                               // sum_c exp((x_c - top) / temperature), at temperature 1 left alone
+  int step = -1;                                // of the first piece that holds `top`
+  int index = kNowhere;                         // its first column, once found
+
+  __device__ void add(int at, const T (&x)[kSize], bool sums, T inverse_temperature) {
+    T high = x[0];
+#pragma unroll
+    for (int j = 1; j < kSize; ++j) high = max_or_nan(high, x[j]);
+    if (!(high <= top)) {
+      rescale(max_or_nan(top, high), inverse_temperature);
+      step = at;
+    }
+    // Nothing but -inf so far: its terms are 0, though -inf - -inf is not.
+    if (!sums || top == -std::numeric_limits<T>::infinity()) return;
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) total += exponential<In>(x[j] - top);
+    if (inverse_temperature == T(1)) return;
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) tempered += exponential<In>((x[j] - top) * inverse_temperature);
+  }
+
+  // load(step, x) reads a piece again, to find the column of the largest entry in it.
+  template <bool kAligned, class Load>
+  __device__ void finish(const Layout<In, kAligned>& layout, bool sums, bool want_index, T inverse_temperature,
+                         const Load& load) {
+    const T own = top;
+    const T team_top = team_max_or_nan(layout.team, own);
+    if (sums) {
+      rescale(team_top, inverse_temperature);
+      T both[2] = {total, tempered};
+      team_sum(layout.team, both);
+      total = both[0], tempered = inverse_temperature == T(1) ? both[0] : both[1];
+    }
+    top = team_top;
+    if (!want_index) return;
+    if (own == team_top && step >= 0) {
+      T x[kSize];
+      load(step, x);
+#pragma unroll
+      for (int j = kSize - 1; j >= 0; --j)
+        if (x[j] == team_top && layout.holds(step, j)) index = layout.column(step, j);
+    }
+    index = team_min(layout.team, index);
+    if (index == kNowhere) index = 0;  // an entry is NaN, or all are -inf
+  }
+
+ private:
+  __device__ void rescale(T raised, T inverse_temperature) {
+    total *= exponential<In>(top - raised);
+    if (inverse_temperature != T(1)) tempered *= exponential<In>((top - raised) * inverse_temperature);
+    top = raised;
+  }
+};
+
+// The peak of one row of any operand and, where wanted, the sum of exp((x_c - top) / temperature), in `tempered`.
+template <class In, bool kAligned>
+__device__ Online<In> scan(const Operand& operand, int64_t i, const Layout<In, kAligned>& layout, bool sums,
+                           bool want_index, Accumulated<In> inverse_temperature) {
+  using T = Accumulated<In>;
+  const auto load = [&](int step, T(&x)[Piece<In>::kSize]) {
+    operand.load(i, layout, step, -std::numeric_limits<T>::infinity(), x);
+  };
+  Online<In> online;
+  const int steps = layout.steps();
+  for (int step = 0; step < steps; ++step) {
+    T x[Piece<In>::kSize];
+    load(step, x);
+    online.add(step, x, sums, inverse_temperature);
+  }
+  online.finish(layout, sums, want_index, inverse_temperature, load);
+  return online;
+}
+
+// Whether the largest logit is the label's; a row with a NaN logit is never correct.
+template <class In, bool kAligned>
+__device__ bool is_correct(const Problem<In>& problem, int64_t i, const Layout<In, kAligned>& layout,
+                           const Online<In>& peak) {
+  using T = Accumulated<In>;
+  if (peak.top != peak.top) return false;
+  if (problem.one_column_signs())
+    return (problem.logits.template element<T>(i, 0) > 0) == (problem.soft_labels.template element<T>(i, 0) > 0);
+  if (problem.labels) return peak.index == problem.labels[i * problem.label_stride];
+  return peak.index == scan(problem.soft_labels, i, layout, false, true, T(1)).index;
+}
+
+template <class T>
+struct RowResult {
+  T loss = 0, entropy = 0;
+  bool correct = false, agrees = false;
+};
+
+// kDense: the target may have any number of classes above zero. Without it the kernel is half as large, and enough for
+// index labels with a one-hot h, or with none.
+template <class In, bool kAligned, bool kDense>
+struct Row {
+  using T = Accumulated<In>;
+  using Pieces = Piece<In>;
+  static constexpr int kSize = Pieces::kSize;
+  static constexpr T kNaN = std::numeric_limits<T>::quiet_NaN();
+
+  const Problem<In>& problem;
+  const Layout<In, kAligned>& layout;
+  const int64_t i;
+  const T factor;  // of the gradient
+  CachedRow<In, kAligned> logits;
+  OutputRow<In, kAligned> out;
+  Mixture<T> mix;
+  int label = -1, hard = -1;  // columns of a one-hot y and h
+  bool bad_label = false;     // out of range
+  bool poisoned = false;      // the target is not a number: by its label or by a hardmax of NaN
+  Online<In> top;             // of the logits
+  T source_top = 0, source_scale = 0, inverse_temperature = 1;
+  RowResult<T> result;
+
+  __device__ Row(const Problem<In>& problem, const Layout<In, kAligned>& layout, int64_t i, T alpha, T factor)
+      : problem(problem),
+        layout(layout),
+        i(i),
+        factor(factor),
+        logits(problem.logits, i, layout, problem.cache_slots),
+        out{problem.gradient ? problem.gradient + i * problem.classes : nullptr, layout},
+        mix(mixture(alpha, problem.label_smoothing, problem.classes)) {}
+
+  __device__ RowResult<T> run() {
+    read_label();
+    read_logits_and_source();
+    if (poisoned) mix.label = mix.uniform = kNaN;
+    if constexpr (kDense) {
+      const bool log_loss = problem.loss == kCrossEntropy || problem.loss == kKl;
+      if (log_loss && problem.labels && mix.uniform == 0 && (mix.source == 0 || problem.label_fn == kHardmax))
+        sparse();
+      else
+        dense();
+      if (problem.want_stats) result.correct = is_correct(problem, i, layout, top);
+    } else {
+      sparse();
+      if (problem.want_stats) result.correct = top.top == top.top && top.index == label && !bad_label;
+    }
+    return result;
+  }
+
+ private:
+  static __device__ void widen(const Pieces& piece, T (&x)[kSize]) {
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) x[j] = static_cast<T>(piece.at[j]);
+  }
+
+  __device__ T weight(int column) const { return problem.class_weight ? problem.class_weight[column] : T(1); }
+
+  __device__ void read_label() {
+    if (!problem.labels) return;
+    const int64_t given = problem.labels[i * problem.label_stride];
+    bad_label = poisoned = given < 0 || given >= problem.classes;  // no address is made of it
+    label = bad_label ? 0 : static_cast<int>(given);
+  }
+
+  __device__ void read_logits_and_source() {
+    const bool own_source = !problem.source.data;
+    const bool hardmax = mix.source != 0 && problem.label_fn == kHardmax;
+    const bool softmax = kDense && mix.source != 0 && problem.label_fn == kSoftmax;
+    if (softmax) inverse_temperature = T(1) / problem.label_parameter;
+
+    const bool sums = !kDense || problem.loss != kMse || (own_source && softmax);
+    const bool want_index = problem.want_stats || (own_source && hardmax);
+    if (sums || want_index) {
+      const T own_temperature = own_source ? inverse_temperature : T(1);
+      logits.template each<4>([&](int step, const Pieces& piece) {
+        T x[kSize];
+        widen(piece, x);
+        top.add(step, x, sums, own_temperature);
+      });
+      top.finish(layout, sums, want_index, own_temperature,
+                 [&](int step, T(&x)[kSize]) { widen(logits.fetch(step), x); });
+    }
+    if (!hardmax && !softmax) return;
+    const Online<In> peak = own_source ? top : scan(problem.source, i, layout, softmax, hardmax, inverse_temperature);
+    if (hardmax) {
+      hard = peak.index;
+      poisoned = poisoned || peak.top != peak.top;
+    } else {
+      source_top = peak.top;
+      source_scale = mix.source / peak.tempered;
+    }
+  }
+
+  // Cross entropy or KL against a target of at most two classes: O(1) beside the softmax.
+  __device__ void sparse() {
+    const int source = mix.source == 0 ? label : hard;
+    const T log_total = log(top.total);
+    const T at_label = mix.label * weight(label), at_source = mix.source * weight(source);
+    const T mass = at_label + at_source;
+    const auto negative_log = [&](int column) { return log_total - (static_cast<T>(logits[column]) - top.top); };
+    if (at_label != 0) result.loss += at_label * negative_log(label);
+    if (at_source != 0) result.loss += at_source * negative_log(source);
+    if (problem.loss == kKl) result.loss += sparse_log_target(source, weight(label), weight(source));
+    if (problem.want_stats) {
+      result.entropy = -sparse_log_target(source, T(1), T(1));
+      result.agrees = top.top == top.top && mix.label == mix.label && keeps_label(mix, label, source);
+    }
+    if (!(top.total > 0)) result.loss = kNaN;  // a NaN or nothing but -inf, whatever the target weighs
+    if (!problem.gradient) return;
+
+    const T scale = factor * (mass / top.total);
+    logits.template each<1>([&](int step, const Pieces& piece) {
+      T g[kSize];
+      widen(piece, g);
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) g[j] = exponential<In>(g[j] - top.top) * scale;
+      out.store(step, g);
+    });
+    // The target's classes once more, each by the thread that has just written it.
+    const auto write = [&](int column, T weighted_target) {
+      if (!layout.owns(column)) return;
+      const T p = exponential<In>(static_cast<T>(logits[column]) - top.top) / top.total;
+      out.first[column] = static_cast<In>(cross_entropy_gradient(p, weighted_target, mass) * factor);
+    };
+    if (source == label) {
+      write(label, mass);
+    } else {
+      write(label, at_label);
+      write(source, at_source);
+    }
+  }
+
+  // sum_c w_c t_c log t_c of a target of at most two classes
+  __device__ T sparse_log_target(int source, T label_weight, T source_weight) const {
+    if (label == source) return label_weight * t_log_t(mix.label + mix.source);
+    return label_weight * t_log_t(mix.label) + source_weight * t_log_t(mix.source);
+  }
+
+  static __device__ T t_log_t(T t) { return t == 0 ? T(0) : t * log(t); }
+
+  // Any target: made anew, piece by piece, wherever it is needed.
+  __device__ void dense() {
+    T sums[3] = {0, 0, 0};  // loss, mass or inner product, entropy
+    T best = -std::numeric_limits<T>::infinity();
+    int best_column = Online<In>::kNowhere;
+    const T log_total = log(top.total), normalizer = T(1) / top.total;
+    logits.template each<1>([&](int step, const Pieces& piece) {
+      T x[kSize], t[kSize];
+      widen(piece, x);
+      target(step, x, t);
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) {
+        if (!layout.holds(step, j)) continue;
+        if (problem.loss == kMse) {
+          sums[0] += (x[j] - t[j]) * (x[j] - t[j]);
+        } else if (problem.loss == kBrier) {
+          const T p = exponential<In>(x[j] - top.top) * normalizer;
+          sums[0] += (p - t[j]) * (p - t[j]);
+          sums[1] += p * (p - t[j]);
+        } else {
+          const T weighted = t[j] * weight(layout.column(step, j));
+          sums[1] += weighted;
+          // A class with no target mass adds nothing, though its logit be -inf.
+          if (weighted != 0)
+            sums[0] += weighted * (log_total - (x[j] - top.top) + (problem.loss == kKl ? log(t[j]) : T(0)));
+        }
+        if (!problem.want_stats) continue;
+        sums[2] -= t_log_t(t[j]);
+        if (!(t[j] <= best)) best = max_or_nan(best, t[j]), best_column = layout.column(step, j);
+      }
+    });
+    team_sum(layout.team, sums);
+    result.loss = problem.loss == kMse ? sums[0] / problem.classes : sums[0];
+    if (problem.loss != kMse && !(top.total > 0)) result.loss = kNaN;
+    if (problem.want_stats) dense_stats(sums[2], best, best_column);
+    if (problem.gradient) write_dense_gradient(sums[1], normalizer);
+  }
+
+  __device__ void write_dense_gradient(T mass_or_inner, T normalizer) {
+    logits.template each<1>([&](int step, const Pieces& piece) {
+      T x[kSize], t[kSize];
+      widen(piece, x);
+      target(step, x, t);
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) {
+        if (problem.loss == kMse) {
+          x[j] = mse_gradient(x[j] - t[j], static_cast<T>(problem.classes)) * factor;
+          continue;
+        }
+        const T p = exponential<In>(x[j] - top.top) * normalizer;
+        if (problem.loss == kBrier)
+          x[j] = brier_gradient(p, p - t[j], mass_or_inner) * factor;
+        else if (layout.holds(step, j))
+          x[j] = cross_entropy_gradient(p, t[j] * weight(layout.column(step, j)), mass_or_inner) * factor;
+      }
+      out.store(step, x);
+    });
+  }
+
+  // The columns of one piece of the target, x being the logits there.
+  __device__ void target(int step, const T (&x)[kSize], T (&t)[kSize]) const {
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) t[j] = mix.uniform;
+    if (problem.labels) {
+      add_one_hot(step, label, mix.label, t);
+    } else {
+      T y[kSize];
+      problem.soft_labels.load(i, layout, step, T(0), y);
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) t[j] += mix.label * y[j];
+    }
+    if (mix.source == 0) return;
+    if (problem.label_fn == kHardmax) return add_one_hot(step, hard, mix.source, t);
+    T h[kSize];
+    if (problem.source.data) {
+      problem.source.load(i, layout, step, T(0), h);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) h[j] = x[j];
+    }
+    const T slope = problem.label_fn == kClip ? clip_slope(problem.label_parameter) : T(1);
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      if (problem.label_fn == kSoftmax) {
+        t[j] += source_scale * exponential<In>((h[j] - source_top) * inverse_temperature);
+        continue;
+      }
+      h[j] *= slope;
+      if (problem.label_fn == kClip) h[j] = h[j] < T(-1) ? T(-1) : h[j] > T(1) ? T(1) : h[j];
+      t[j] += mix.source * h[j];
+    }
+  }
+
+  __device__ void add_one_hot(int step, int column, T value, T (&t)[kSize]) const {
+#pragma unroll
+    for (int j = 0; j < kSize; ++j)
+      if (layout.column(step, j) == column) t[j] += value;
+  }
+
+  __device__ void dense_stats(T entropy, T best, int best_column) {
+    result.entropy = entropy;
+    const T peak = team_max_or_nan(layout.team, best);
+    const int index = team_min(layout.team, best == peak ? best_column : Online<In>::kNowhere);
+    if (problem.one_column_signs()) {
+      result.agrees = (peak > 0) == (problem.soft_labels.template element<T>(i, 0) > 0);
+    } else if (peak == peak) {
+      result.agrees = index == (problem.labels ? label : scan(problem.soft_labels, i, layout, false, true, T(1)).index);
+    }
+  }
+};
+
+// The gradient of an ignored row.
+template <class In, bool kAligned>
+__device__ void zero_row(const Problem<In>& problem, int64_t i, const Layout<In, kAligned>& layout) {
+  const OutputRow<In, kAligned> out = {problem.gradient + i * problem.classes, layout};
+  const Accumulated<In> zeros[Piece<In>::kSize] = {};
+  for (int step = 0; step < layout.steps(); ++step) out.store(step, zeros);
+}
+
+}  // namespace sdfast::self_distillation
