@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sdfast.ops.self_distillation import triton_kernels as kernels
 from sdfast.ops.self_distillation.op import LABEL_FUNCTIONS, LOSSES, REDUCTIONS, STATE_SIZE, accumulation_dtype
+from sdfast.ops.self_distillation.triton_steps import NO_LABEL_FUNCTION
 
 ONE_TILE = 8192  # classes: the longest row that stays in registers
 LOOPED_TILE = 4096  # columns of a tile of a longer row
@@ -158,7 +159,7 @@ def _launch(
     tile = tiling(classes)
     soft = labels.dim() == 2
     if alpha is None and not adaptive and alpha_value == 1:
-        label_fn, source = kernels.NO_LABEL_FUNCTION.value, None
+        label_fn, source = NO_LABEL_FUNCTION.value, None
     share_exp = (
         source is None and label_fn == LABEL_FUNCTIONS["softmax"] and label_parameter == 1 and loss != LOSSES["mse"]
     )
