@@ -4,10 +4,10 @@ Launches: one forward, two where a count over the batch must come first (adaptiv
 more than `COUNT_IN_PROGRAM`); one backward. The last program to arrive sums the programs' partial losses in their own
 order: that saves a launch, stays bitwise repeatable, and costs one integer atomic per program.
 
-Why these tiles. The loss does about 20 operations and two exponentials an entry and moves 2 or 4 bytes each way, so bytes
-bound it. A row of up to `ONE_TILE` classes is read once, lives in registers (16 entries a thread) and is written once:
-nothing can move fewer bytes. Short rows share a program, so that every thread still has 16 entries and two 16-byte loads
-of bfloat16. Longer rows are swept twice, 8 KiB of bfloat16 a tile with `STAGES` tiles in flight; the second sweep goes
+Why these tiles. The loss does some twenty operations and one or two exponentials an entry and moves 2 or 4 bytes each
+way, so bytes bound it. A row of up to `ONE_TILE` classes is read once, lives in registers (16 entries a thread) and is
+written once: nothing can move fewer bytes. Short rows share a program, so that every thread still has 16 entries, two
+16-byte loads of bfloat16. Longer rows are swept twice, 8 KiB of bfloat16 a tile with several tiles in flight; the second sweep goes
 backwards to meet what the first left in the cache. Brier, and targets whose mass must be summed (probability labels,
 class weights), take a third sweep there.
 """
@@ -18,19 +18,23 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from sdfast.ops.self_distillation import triton_kernels as kernels
 from sdfast.ops.self_distillation.op import LABEL_FUNCTIONS, LOSSES, REDUCTIONS, STATE_SIZE, accumulation_dtype
+from sdfast.ops.self_distillation.triton_batch import MAX_COUNT_BLOCKS, SUM_BLOCK, count_kernel
+from sdfast.ops.self_distillation.triton_kernels import rows_kernel
 from sdfast.ops.self_distillation.triton_steps import NO_LABEL_FUNCTION
 
 ONE_TILE = 8192  # classes: the longest row that stays in registers
 LOOPED_TILE = 4096  # columns of a tile of a longer row
 TILE = 2048  # entries of a tile of short rows
-COUNT_IN_PROGRAM = 4096  # labels: up to here each program counts them all, 32 KiB from the cache, and no launch is spent
+COUNT_IN_PROGRAM = (
+    4096  # labels: up to here each program counts them all, 32 KiB from the cache, and no launch is spent
+)
 PARTIALS = 6  # loss, kept, alpha, correct, entropy, agreement
 
-_REAL = {torch.float32: kernels.tl.float32, torch.float64: kernels.tl.float64}
+_REAL = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 class Tiling(NamedTuple):
@@ -50,6 +54,11 @@ def tiling(classes: int) -> Tiling:
         return Tiling(1, LOOPED_TILE, False, 8)
     rows = max(1, TILE // columns)
     return Tiling(rows, columns, True, rows * columns // 512)
+
+
+def _stages(*tensors: Tensor | None) -> int:
+    """Column tiles in flight of rows of several tiles: up to 4, within 48 KiB of shared memory for all that is read."""
+    return max(1, min(4, 1 + 49152 // (LOOPED_TILE * sum(t.element_size() for t in tensors if t is not None))))
 
 
 def forward(
@@ -128,8 +137,8 @@ def _count(
     rows, classes = logits.shape
     tile = tiling(classes)
     soft = labels.dim() == 2
-    step = tile.rows if adaptive else kernels.SUM_BLOCK.value
-    chunk = step * max(1, triton.cdiv(rows, step * kernels.MAX_COUNT_BLOCKS.value))
+    step = tile.rows if adaptive else SUM_BLOCK.value
+    chunk = step * max(1, triton.cdiv(rows, step * MAX_COUNT_BLOCKS.value))
     programs = max(1, triton.cdiv(rows, chunk))
 
     def new(wanted: bool, dtype: torch.dtype) -> Tensor | None:
@@ -139,10 +148,10 @@ def _count(
     counts = (
         new(adaptive, torch.int32), new(not soft, torch.int32), new(weighted, accumulation_dtype(logits.dtype)),
     )  # fmt: skip
-    kernels.count_kernel[(programs,)](
+    count_kernel[(programs,)](
         logits, labels, class_weight if weighted else None, *counts, *logits.stride(), *_label_strides(labels),
-        rows, classes, chunk, ignore_index, adaptive, soft, soft and classes == 1, tile.rows, tile.columns, tile.one_tile,
-        _REAL[accumulation_dtype(logits.dtype)], num_warps=tile.warps,
+        rows, classes, chunk, ignore_index, adaptive, soft, soft and classes == 1, tile.rows, tile.columns,
+        tile.one_tile, _stages(logits, labels if soft else None), _REAL[accumulation_dtype(logits.dtype)], num_warps=tile.warps,
     )  # fmt: skip
     return counts
 
@@ -150,7 +159,8 @@ def _count(
 def _launch(
     programs: int, logits: Tensor, labels: Tensor, alpha: Tensor | None, source: Tensor | None,
     class_weight: Tensor | None, row_weight: Tensor | None, alpha_value: float, adaptive: bool, label_fn: int,
-    label_parameter: float, loss: int, ignore_index: int, label_smoothing: float, *, reduction: int = REDUCTIONS["none"],
+    label_parameter: float, loss: int, ignore_index: int, label_smoothing: float, *,
+    reduction: int = REDUCTIONS["none"],
     counts: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None), upstream: Tensor | None = None,
     state: Tensor | None = None, gradient: Tensor | None = None, loss_out: Tensor | None = None,
     partials: Tensor | None = None, arrivals: Tensor | None = None, want_stats: bool = False,
@@ -163,19 +173,16 @@ def _launch(
     share_exp = (
         source is None and label_fn == LABEL_FUNCTIONS["softmax"] and label_parameter == 1 and loss != LOSSES["mse"]
     )
-    kernels.rows_kernel[(programs,)](
+    rows_kernel[(programs,)](
         logits, labels, alpha, source, class_weight, row_weight, *counts, upstream, state, gradient, loss_out, partials,
         arrivals, *logits.stride(), *_label_strides(labels), *((0, 0) if source is None else source.stride()),
         upstream.stride(0) if upstream is not None and upstream.dim() else 0, alpha_value, label_parameter,
-        label_smoothing, rows, classes, 0 if counts[0] is None and counts[1] is None else _programs_of(counts),
+        label_smoothing, rows, classes, next((count.numel() for count in counts if count is not None), 0),
         ignore_index, loss, label_fn, reduction, soft, adaptive, alpha is not None and alpha.dim() == 1, share_exp,
         upstream is not None, want_stats, soft and classes == 1, tile.rows, tile.columns, tile.one_tile,
-        _REAL[accumulation_dtype(logits.dtype)], num_warps=tile.warps,
+        _stages(logits, labels if soft else None, source, class_weight), _REAL[accumulation_dtype(logits.dtype)],
+        num_warps=tile.warps,
     )  # fmt: skip
-
-
-def _programs_of(counts: tuple[Tensor | None, ...]) -> int:
-    return next(count.numel() for count in counts if count is not None)
 
 
 def _label_strides(labels: Tensor) -> tuple[int, int]:

@@ -1,8 +1,8 @@
 """The steps of the Triton kernels, each on a tile of (R, B) = (rows, columns) entries, one tile at a time.
 
 Every loss, label function and option is one formula here: a target, an entry's part of its row's sums, an entry's
-gradient. A one-hot costs two comparisons in registers, so a sparse target needs no path of its own. Switches are
-compile-time constants; they come as the tuple `kind` (see `rows_kernel`), and cost nothing where they are off.
+gradient. A one-hot costs two comparisons in registers, so a sparse target needs no path of its own.
+Switches are compile-time constants and cost nothing where they are off.
 """
 
 import triton
@@ -17,8 +17,6 @@ NO_LABEL_FUNCTION = tl.constexpr(-1)  # alpha is the number 1: the source is not
 KL = tl.constexpr(LOSSES["kl"])
 MSE = tl.constexpr(LOSSES["mse"])
 BRIER = tl.constexpr(LOSSES["brier"])
-
-STAGES = tl.constexpr(4)  # column tiles in flight, where a row takes more than one
 
 
 @triton.jit
@@ -74,6 +72,7 @@ def row_statistics(
     R: tl.constexpr,
     B: tl.constexpr,
     ONE_TILE: tl.constexpr,
+    STAGES: tl.constexpr,
     REAL: tl.constexpr,
 ):
     """(max, its first index, any NaN, sum exp(x - max), sum exp(rate (x - max))) of each row, in one sweep.
@@ -133,11 +132,15 @@ def target_tile(
     strides,  # between columns: logits, labels, source
     row,  # what a row fixes, (R,) each
     parameter,  # 1 / temperature, or the clip's slope
-    kind,
+    LOSS: tl.constexpr,
+    LABEL_FN: tl.constexpr,
+    SOFT_LABELS: tl.constexpr,
+    OWN_SOURCE: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    SHARE_EXP: tl.constexpr,
     REAL: tl.constexpr,
 ):
     """(x, p, target, weighted target), (R, B) each, and which entries are inside; the targets are 0 outside."""
-    LOSS, LABEL_FN, SOFT_LABELS, OWN_SOURCE, WEIGHTED, SHARE_EXP = kind
     logits, labels, source, class_weight = pointers
     stride, label_stride, source_stride = strides
     kept, label, uniform, at_label, at_source, high, total, hard, source_high, source_total = row
@@ -203,6 +206,7 @@ def row_terms(
 def entropy_terms(
     target,  # (R, B)
 ):
+    """An entry's part of the target's entropy, NaN where it is negative."""
     return -tl.where(target == 0, 0.0, target * tl.log(tl.where(target == 0, 1.0, target)))
 
 
@@ -239,17 +243,22 @@ def sweep(
     factor,  # (R,)
     out_pointers,  # (R,) of gradient rows
     stored,  # (R,) which rows of the gradient exist
-    kind,
+    LOSS: tl.constexpr,
+    LABEL_FN: tl.constexpr,
+    SOFT_LABELS: tl.constexpr,
+    OWN_SOURCE: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    SHARE_EXP: tl.constexpr,
     KNOWN_MASS: tl.constexpr,
     GRADIENT: tl.constexpr,
     STATS: tl.constexpr,
     R: tl.constexpr,
     B: tl.constexpr,
     ONE_TILE: tl.constexpr,
+    STAGES: tl.constexpr,
     REAL: tl.constexpr,
 ):
-    """(loss sum, target entropy, target's peak, its first index, any NaN in it) of each row; writes the gradient too."""
-    LOSS = kind[0]
+    """(loss sum, target entropy, target's peak, its first index, any NaN in it) of each row; writes the gradient."""
     kept = row[0]
     high = row[5]
     log_total = tl.log(row[6])
@@ -257,7 +266,21 @@ def sweep(
     none = lanes[None, :] + tl.zeros([R, B], tl.int32)
     lowest = float("-inf")
     if ONE_TILE:
-        x, p, target, weighted, inside = target_tile(lanes, classes, pointers, strides, row, parameter, kind, REAL)
+        x, p, target, weighted, inside = target_tile(
+            lanes,
+            classes,
+            pointers,
+            strides,
+            row,
+            parameter,
+            LOSS,
+            LABEL_FN,
+            SOFT_LABELS,
+            OWN_SOURCE,
+            WEIGHTED,
+            SHARE_EXP,
+            REAL,
+        )
         terms, parts = row_terms(x, p, target, weighted, inside, high, log_total, LOSS)
         entropy = tl.zeros([R], REAL)
         peak = tl.zeros([R], REAL)
@@ -284,7 +307,21 @@ def sweep(
     # The tiles that the statistics' sweep saw last are the likeliest in the cache, so this one goes backwards.
     for step in tl.range(0, classes, B, num_stages=STAGES):
         columns = last - step + lanes
-        x, p, target, weighted, inside = target_tile(columns, classes, pointers, strides, row, parameter, kind, REAL)
+        x, p, target, weighted, inside = target_tile(
+            columns,
+            classes,
+            pointers,
+            strides,
+            row,
+            parameter,
+            LOSS,
+            LABEL_FN,
+            SOFT_LABELS,
+            OWN_SOURCE,
+            WEIGHTED,
+            SHARE_EXP,
+            REAL,
+        )
         terms, parts = row_terms(x, p, target, weighted, inside, high, log_total, LOSS)
         losses += terms
         if not KNOWN_MASS:
@@ -302,7 +339,21 @@ def sweep(
         mass = tl.sum(part_sums, 1)
         for start in tl.range(0, classes, B, num_stages=STAGES):
             columns = start + lanes
-            x, p, target, weighted, inside = target_tile(columns, classes, pointers, strides, row, parameter, kind, REAL)
+            x, p, target, weighted, inside = target_tile(
+                columns,
+                classes,
+                pointers,
+                strides,
+                row,
+                parameter,
+                LOSS,
+                LABEL_FN,
+                SOFT_LABELS,
+                OWN_SOURCE,
+                WEIGHTED,
+                SHARE_EXP,
+                REAL,
+            )
             values = gradient_tile(x, p, target, weighted, mass, factor, kept, classes, LOSS)
             store_gradient(out_pointers, columns, stored, classes, values)
     peak, best, nan = first_peak(peaks, firsts, nans, classes)
