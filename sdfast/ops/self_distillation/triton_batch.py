@@ -173,7 +173,7 @@ def batch_denominator(
     SOFT_LABELS: tl.constexpr,
     REAL: tl.constexpr,
 ):
-    """What a mean divides by, in shape (1,): kept rows, or with class weights and index labels their labels' weights."""
+    """What a mean divides by, in shape (1,): kept rows, or with class weights and index labels the labels' weights."""
     denominator = tl.full([1], 1.0, REAL)
     if SOFT_LABELS:
         denominator *= tl.maximum(rows, 1)

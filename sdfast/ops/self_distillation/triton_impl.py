@@ -7,9 +7,9 @@ order: that saves a launch, stays bitwise repeatable, and costs one integer atom
 Why these tiles. The loss does some twenty operations and one or two exponentials an entry and moves 2 or 4 bytes each
 way, so bytes bound it. A row of up to `ONE_TILE` classes is read once, lives in registers (16 entries a thread) and is
 written once: nothing can move fewer bytes. Short rows share a program, so that every thread still has 16 entries, two
-16-byte loads of bfloat16. Longer rows are swept twice, 8 KiB of bfloat16 a tile with several tiles in flight; the second sweep goes
-backwards to meet what the first left in the cache. Brier, and targets whose mass must be summed (probability labels,
-class weights), take a third sweep there.
+16-byte loads of bfloat16. Longer rows are swept twice, 8 KiB of bfloat16 a tile with several tiles in flight; the
+second sweep goes backwards to meet what the first left in the cache. Brier, and targets whose mass must be summed
+(probability labels, class weights), take a third sweep there. Unlike the launches, none of this is measured yet.
 """
 
 from contextlib import nullcontext
@@ -151,7 +151,8 @@ def _count(
     count_kernel[(programs,)](
         logits, labels, class_weight if weighted else None, *counts, *logits.stride(), *_label_strides(labels),
         rows, classes, chunk, ignore_index, adaptive, soft, soft and classes == 1, tile.rows, tile.columns,
-        tile.one_tile, _stages(logits, labels if soft else None), _REAL[accumulation_dtype(logits.dtype)], num_warps=tile.warps,
+        tile.one_tile, _stages(logits, labels if soft else None), _REAL[accumulation_dtype(logits.dtype)],
+        num_warps=tile.warps,
     )  # fmt: skip
     return counts
 

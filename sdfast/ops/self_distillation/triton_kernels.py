@@ -68,9 +68,9 @@ def rows_kernel(
     STAGES: tl.constexpr,
     REAL: tl.constexpr,
 ):
-    # Computed: the self-distillation loss of R rows, its gradient with respect to the logits, batch sums and statistics.
-    # Fused: denominator, alpha, label function, target, loss, gradient, and (by the last program) the sum over all rows.
-    # Never materialised: a (rows, classes) target or probability; a row of one tile is read once and stays in registers.
+    # Computed: the self-distillation loss of R rows, its gradient with respect to the logits, batch sums, statistics.
+    # Fused: denominator, alpha, label function, target, loss, gradient, and by the last program the sum over all rows.
+    # Never materialised: a (rows, classes) target or probability; a row of one tile is read once, into registers.
     program = tl.program_id(0)
     row = program.to(tl.int64) * R + tl.arange(0, R)  # (R,), 64 bits before any stride multiplies it
     kept = row < rows
@@ -133,7 +133,7 @@ def rows_kernel(
     if not OWN_SOURCE:
         source_pointers = source + row * source_row_stride
         source_stride = source_column_stride
-        if LABEL_FN == HARDMAX or LABEL_FN == SOFTMAX:
+        if LABEL_FN == HARDMAX or LABEL_FN == SOFTMAX:  # noqa: SIM109 (Triton has no tuple test)
             source_high, source_hard, source_nan, _, rated = row_statistics(
                 source_pointers, source_stride, kept & (at_source != 0), classes, parameter, LABEL_FN == HARDMAX, False,
                 LABEL_FN == SOFTMAX, R, B, ONE_TILE, STAGES, REAL,
@@ -155,8 +155,8 @@ def rows_kernel(
         (kept, label, uniform, at_label, at_source, high, total, source_hard, source_high, rated),
         parameter, at_label + uniform * classes + at_source, factor, out_pointers, row < rows,
         LOSS, LABEL_FN, SOFT_LABELS, OWN_SOURCE, WEIGHTED, SHARE_EXP,
-        LOSS == MSE or (LOSS != BRIER and not SOFT_LABELS and not WEIGHTED), gradient is not None, STATS, R, B, ONE_TILE,
-        STAGES, REAL,
+        LOSS == MSE or (LOSS != BRIER and not SOFT_LABELS and not WEIGHTED), gradient is not None, STATS, R, B,
+        ONE_TILE, STAGES, REAL,
     )  # fmt: skip
     if not BACKWARD:
         if LOSS == MSE:
@@ -174,20 +174,9 @@ def rows_kernel(
             else:
                 if SOFT_LABELS:
                     _, label, _, _, _ = row_statistics(
-                        label_pointers,
-                        label_column_stride,
-                        kept,
-                        classes,
-                        1.0,
-                        True,
-                        False,
-                        False,
-                        R,
-                        B,
-                        ONE_TILE,
-                        STAGES,
-                        REAL,
-                    )
+                        label_pointers, label_column_stride, kept, classes, 1.0, True, False, False, R, B, ONE_TILE,
+                        STAGES, REAL,
+                    )  # fmt: skip
                 agrees = best == label
             correct_rows = is_correct(high, hard, nan, label, label_pointers, kept, SIGNS)
             store_partial(partials, 1, kept, kept, REAL)
@@ -195,8 +184,8 @@ def rows_kernel(
             store_partial(partials, 3, correct_rows & ~bad, kept, REAL)
             store_partial(partials, 4, entropy, kept, REAL)
             store_partial(partials, 5, agrees & ~target_nan & ~bad, kept, REAL)
-        elif state is not None and program == 0:  # the backward reads only these two
-            tl.store(state, tl.max(a, 0))
-            tl.store(state + 1 + tl.arange(0, 1), denominator)
+        elif state is not None:  # the backward reads only these two
+            tl.store(state, tl.max(a, 0), mask=program == 0)
+            tl.store(state + 1 + tl.arange(0, 1), denominator, mask=tl.arange(0, 1) == program)
         if partials is not None:
             finish_batch(loss, state, partials, arrivals, denominator, a, REDUCTION != NONE, STATS, ALPHA_PER_ROW, REAL)
