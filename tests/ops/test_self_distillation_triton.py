@@ -31,6 +31,7 @@ HALVES = (torch.bfloat16, torch.float16)
 PAIRS = [(loss, h) for loss in LOSSES for h in ("softmax", "hardmax")] + [("mse", "identity"), ("mse", "clip")]
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="this process runs the tests itself")
 def test_all_in_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
