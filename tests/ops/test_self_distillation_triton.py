@@ -285,16 +285,18 @@ def test_rows_of_one_infinity_or_nan_are_nan(value):
 
 
 @here
-@pytest.mark.parametrize("classes", [10, 9001])
-def test_a_tie_goes_to_the_first_index(classes):
+@pytest.mark.parametrize(
+    ("classes", "later"), [(10, 9), (9001, 9000), (9001, 2 + 2 * 4096)]
+)  # the last: in the same lane
+def test_a_tie_goes_to_the_first_index(classes, later):
     logits = torch.zeros(2, classes, device=DEVICE)
-    logits[1, [2, classes - 1]] = 5.0
+    logits[1, [2, later]] = 5.0
     labels = torch.tensor([0, 2], device=DEVICE)
     _, gradient, stats = check(logits, labels, 0.5, reduction="sum")
     assert stats[1] == 1
-    assert gradient[1, 2] < 0 < gradient[1, classes - 1]
+    assert gradient[1, 2] < 0 < gradient[1, later]
     # A target of two equal entries keeps the label only where the label comes first.
-    _, _, stats = check(logits[1:], torch.tensor([classes - 1], device=DEVICE), 0.5)
+    _, _, stats = check(logits[1:], torch.tensor([later], device=DEVICE), 0.5)
     assert stats[3] == 0
 
 
