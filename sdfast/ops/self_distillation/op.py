@@ -57,6 +57,24 @@ for _suffix in ("", "_triton"):
     torch.library.register_fake(f"sdfast::_self_distillation{_suffix}", _fake_forward)
     torch.library.register_fake(f"sdfast::_self_distillation_backward{_suffix}", _fake_backward)
 
+
+
+def _triton_forward(*arguments):
+    from sdfast.ops.self_distillation import triton_impl  # triton is imported by its first call, never before
+
+    return triton_impl.forward(*arguments)
+
+
+def _triton_backward(*arguments):
+    from sdfast.ops.self_distillation import triton_impl
+
+    return triton_impl.backward(*arguments)
+
+
+for _key in ("CPU", "CUDA", "XPU"):  # CPU tensors: in Triton's interpreter
+    library.impl("_self_distillation_triton", _triton_forward, _key)
+    library.impl("_self_distillation_backward_triton", _triton_backward, _key)
+
 _NATIVE = (torch.ops.sdfast._self_distillation.default, torch.ops.sdfast._self_distillation_backward.default)
 _TRITON = (
     torch.ops.sdfast._self_distillation_triton.default,
