@@ -62,7 +62,7 @@ def test_log(probe):
     near_one = np.abs(exact) < 0.3
     got = apply(probe.probe_log, x)
     assert ulps(got[~near_one], exact[~near_one]).max() < 2.5
-    assert np.abs(got - exact)[near_one].max() < 4e-8
+    assert np.abs(got - exact)[near_one].max() < 7.5e-8  # 2.5 ulp at 0.3
 
 
 def test_log_at_its_ends(probe):
