@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 FORMAT = "sdfast training 1"
 
+# What optimizers and schedulers note down beside their settings: it follows from them.
+_DERIVED = ("initial_lr", "base_lrs", "last_epoch", "_last_lr", "_step_count")
+
 
 class Checkpoint:
     """The file of one training: model, optimizer, scheduler, scaler, random states, loader and history.
@@ -136,7 +139,7 @@ def training_settings(distiller: "SelfDistiller") -> dict[str, Any]:
 def _flat(prefix: str, value: object) -> dict[str, Any]:
     """Nested settings as one dictionary of plain values: ``{"optimizer[0].lr": 0.1}``."""
     if isinstance(value, dict):
-        parts = [_flat(f"{prefix}.{key}", part) for key, part in value.items()]
+        parts = [_flat(f"{prefix}.{key}", part) for key, part in value.items() if key not in _DERIVED]
     elif isinstance(value, list | tuple):
         parts = [_flat(f"{prefix}[{index}]", part) for index, part in enumerate(value)]
     elif isinstance(value, Tensor):
