@@ -299,7 +299,7 @@ def _postfix(record: EpochRecord, epochs: int) -> str:
 def _not_finite(history: History) -> FloatingPointError:
     error = FloatingPointError(
         f"train: the loss of epoch {history.last.epoch} is {history.last.loss}; look for NaN in the inputs or lower "
-        f"the learning rate ({history.last.learning_rate:g}), or pass allow_nan=True to go on"
+        f"the learning rate ({history.last.learning_rate:g}), or go on with fit(…, allow_nan=True)"
     )
     error.history = history  # type: ignore[attr-defined]
     return error
