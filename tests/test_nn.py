@@ -60,7 +60,11 @@ def test_tensors_are_buffers():
         ({"alpha": 0.5, "reduction": "max"}, ValueError, "reduction: got 'max'"),
         ({"alpha": 0.5, "label_smoothing": 2}, ValueError, "label_smoothing: got 2"),
         ({"alpha": 0.5, "backend": "tpu"}, ValueError, "backend: got 'tpu', wanted one of 'cpu'"),
-        ({"alpha": 0.5, "class_weight": torch.ones(2, 2)}, ValueError, "class_weight: got shape (2, 2), wanted (classes,)"),
+        (
+            {"alpha": 0.5, "class_weight": torch.ones(2, 2)},
+            ValueError,
+            "class_weight: got shape (2, 2), wanted (classes,)",
+        ),
         ({"alpha": 0.5, "class_weight": torch.ones(2), "loss": "brier"}, ValueError, "class_weight: goes with"),
     ],
 )

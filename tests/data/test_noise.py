@@ -120,8 +120,16 @@ GOOD = {"labels": torch.arange(5), "rate": 0.3, "num_classes": 5}
             ValueError,
             "convention: got 'others', but only kind='symmetric' has one, not 'pair'",
         ),
-        ({"transition": CIRCLE}, ValueError, "transition: got Tensor with kind='symmetric', only kind='asymmetric' takes"),
-        ({"kind": "asymmetric"}, ValueError, "transition: got None with kind='asymmetric', wanted a (classes, classes)"),
+        (
+            {"transition": CIRCLE},
+            ValueError,
+            "transition: got Tensor with kind='symmetric', only kind='asymmetric' takes",
+        ),
+        (
+            {"kind": "asymmetric"},
+            ValueError,
+            "transition: got None with kind='asymmetric', wanted a (classes, classes)",
+        ),
         (
             {"kind": "asymmetric", "transition": torch.eye(4)},
             ValueError,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch._dynamo  # noqa: F401  # optimizers import it when first used: here once, not in every process
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -36,7 +37,7 @@ class Augmented(Dataset):
         return ROWS
 
     def __getitem__(self, row):
-        blur = 0.1 * torch.randn(6) + 0.1 * random.random() + 0.1 * float(np.random.rand())  # noqa: NPY002
+        blur = 0.1 * torch.randn(6) + 0.1 * random.random() + 0.1 * float(np.random.rand())
         return INPUTS[row] + blur, LABELS[row], row
 
 

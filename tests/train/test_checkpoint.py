@@ -20,8 +20,8 @@ Y = torch.randint(3, (40,), generator=torch.Generator().manual_seed(1))
 
 
 def fit(
-    path, epochs=4, train=None, lr=0.1, seed=0, schedule=None, width=8, callbacks=(), optimizer=torch.optim.SGD, eval=None,
-    **options,
+    path, epochs=4, train=None, lr=0.1, seed=0, schedule=None, width=8, callbacks=(), optimizer=torch.optim.SGD,
+    eval=None, **options,
 ):  # fmt: skip
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Dropout(0.2), nn.Linear(width, 3))

@@ -105,7 +105,9 @@ def test_the_records_are_those_of_the_forward_passes_that_trained():
     train = Batches(inputs, labels, 16, shuffle=False, with_indices=True)
     seen = []
     hook = model.register_forward_hook(lambda module, _, logits: seen.append(logits.detach().clone()))
-    _, history = fit(train, 1, model_and_optimizer=(model, optimizer), alpha=sdfast.AdaptiveAlpha(0.8), clean_labels=clean)
+    _, history = fit(
+        train, 1, model_and_optimizer=(model, optimizer), alpha=sdfast.AdaptiveAlpha(0.8), clean_labels=clean
+    )
     hook.remove()
 
     losses, alphas = [], []
@@ -143,7 +145,7 @@ def _without_dropout(model_and_optimizer):
 
 
 def test_the_evaluation_is_in_evaluation_mode_and_changes_nothing():
-    inputs, labels, clean = toy()
+    inputs, _, clean = toy()
     model, optimizer = parts()
     distiller, history = fit(eval=[(inputs, clean), (inputs[:5], clean[:5])], model_and_optimizer=(model, optimizer))
     assert model.training
@@ -234,7 +236,13 @@ def test_binary_labels_of_one_output():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     data = [(inputs, signs)]
     _, history = fit(
-        data, 60, eval=data, model_and_optimizer=(model, optimizer), loss="mse", label_fn=sdfast.ClipLabel(0.2), alpha=0.6
+        data,
+        60,
+        eval=data,
+        model_and_optimizer=(model, optimizer),
+        loss="mse",
+        label_fn=sdfast.ClipLabel(0.2),
+        alpha=0.6,
     )
     assert history.last.eval_accuracy > 0.9
 
@@ -243,7 +251,7 @@ def test_bfloat16_is_autocast():
     seen = []
     model, optimizer = parts()
     model.register_forward_hook(lambda module, _, logits: seen.append(logits.dtype))
-    inputs, labels, clean = toy()
+    inputs, _, clean = toy()
     _, history = fit(
         epochs=15, eval=[(inputs, clean)], model_and_optimizer=(model, optimizer), amp="bfloat16", alpha=0.6
     )
@@ -290,7 +298,9 @@ def test_a_nan_loss_is_an_error_that_names_the_epoch():
     poisoned[3] = math.nan
     model, optimizer = parts()
     distiller = SelfDistiller(model, optimizer, alpha=0.5)
-    with pytest.raises(FloatingPointError, match="train: the loss of epoch 1 is nan; look for NaN in the inputs") as caught:
+    with pytest.raises(
+        FloatingPointError, match="train: the loss of epoch 1 is nan; look for NaN in the inputs"
+    ) as caught:
         distiller.fit([(poisoned, labels)], 3, progress=False)
     assert math.isnan(caught.value.history.last.loss)
     history = distiller.fit([(poisoned, labels)], 3, progress=False, allow_nan=True)
