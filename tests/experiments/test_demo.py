@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from sdfast.cli import main
 from sdfast.experiments import demo
@@ -57,3 +58,14 @@ def test_self_distillation_keeps_its_accuracy_where_cross_entropy_loses_it():
     assert own["eval_accuracy"][-1] > 0.95
     assert plain["accuracy"][-1] > 0.9  # it has memorised the wrong labels
     assert own["clean_accuracy"][-1] > 0.95  # and this one the true ones, which it never saw
+
+
+def test_leaves_the_number_of_threads_as_it_was():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        results = demo.run_demo(seeds=1, epochs=1, progress=False)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert results["environment"]["threads"] == 1
