@@ -104,9 +104,9 @@ def training_curves(history: "History") -> Any:
         if not all(map(math.isnan, values)):
             accuracy.plot(epochs, values, color=color, label=name)
     accuracy.legend(frameon=False, fontsize=9)
-    _style(alpha, "Weight of the given label, and targets that keep it")
-    alpha.plot(epochs, history["alpha"], color=VERMILLION, label="mean α")
-    alpha.plot(epochs, history["agreement"], color=GREY, linestyle="--", label="share of targets that agree")
+    _style(alpha, "The given label in the targets")
+    alpha.plot(epochs, history["alpha"], color=VERMILLION, label="its mean weight α")
+    alpha.plot(epochs, history["agreement"], color=GREY, linestyle="--", label="share of targets it still leads")
     alpha.set_ylim(-0.03, 1.03)
     alpha.legend(frameon=False, fontsize=9)
     return figure
