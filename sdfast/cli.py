@@ -1,0 +1,79 @@
+"""The command ``sdfast``. A wrong argument is one line and exit code 2; Ctrl-C is one line and 130."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from sdfast import __version__
+
+# name -> (module with add_arguments and run, what it does). A module is imported when its command is asked for.
+COMMANDS = {
+    "demo": ("sdfast.experiments.demo", "train on 40 % wrong labels, with and without self-distillation"),
+    "train": ("sdfast.train.command", "train a classifier on labels mixed with its own predictions"),
+    "doctor": ("sdfast.doctor", "say what is installed, what runs where, and what to install for more"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something: no ``None``, no ``False``."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = action.default is None or action.default is False
+        return action.help if silent else super()._get_help_string(action)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        arguments: Instead of those of the process.
+
+    Returns:
+        The exit code: 0, 1 where the run failed, 2 where the arguments are wrong, 130 after Ctrl-C.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    name = "sdfast"
+    hint = ""
+    try:
+        options = _parser(words).parse_args(words)
+        name, hint = f"sdfast {options.command}", options.when_interrupted
+        return options.run(options)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted{hint}", file=sys.stderr)
+        return 130
+    except (ValueError, NotImplementedError) as error:
+        return _report(name, error, 2)
+    except (OSError, FloatingPointError) as error:
+        return _report(name, error, 1)
+
+
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    parser = _Parser(prog="sdfast", description="Learning from a model's own predictions.")
+    parser.add_argument("--version", action="version", version=f"sdfast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for command, (module_name, summary) in COMMANDS.items():
+        subparser = commands.add_parser(
+            command,
+            help=summary.replace("%", "%%"),
+            description=f"{summary[0].upper()}{summary[1:]}.".replace("%", "%%"),
+            formatter_class=_HelpFormatter,
+        )
+        if command in words:
+            module = importlib.import_module(module_name)
+            subparser.set_defaults(run=module.run, when_interrupted="")
+            module.add_arguments(subparser)
+    return parser
+
+
+def _report(name: str, error: Exception, code: int) -> int:
+    print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code

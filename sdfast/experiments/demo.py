@@ -1,0 +1,230 @@
+"""``sdfast demo``: the same small network on the same wrong labels, by cross entropy and by self-distillation."""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import sdfast
+from sdfast import _dispatch, _files, plots, report
+from sdfast.data import Batches, flip_labels, load_dataset
+from sdfast.models import mlp
+from sdfast.ops.self_distillation import AdaptiveAlpha
+from sdfast.train import History, SelfDistiller
+
+NOISE_RATE = 0.4
+WIDTHS = (64, 256, 256, 10)
+BATCH_SIZE = 128
+LEARNING_RATE = 0.1
+MOMENTUM = 0.9
+
+# Both rows are the same trainer and the same loss; α = 1 is plain cross entropy.
+METHODS: dict[str, tuple[str, float | AdaptiveAlpha]] = {
+    "cross entropy": (plots.VERMILLION, 1.0),
+    "self-distillation": (plots.BLUE, AdaptiveAlpha(1.0)),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--seeds", type=int, default=3, help="how many runs of each method")
+    parser.add_argument("--epochs", type=int, default=100, help="of each run; memorising the noise takes about 100")
+    parser.add_argument("--output", type=Path, default=Path("sdfast-demo"), help="folder for the report")
+    parser.add_argument("--picture", type=Path, help="also save the picture here")
+    parser.add_argument("--json", action="store_true", help="print the results as one JSON document instead of a table")
+    parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the demo, prints its table and writes its report."""
+    for name in ("seeds", "epochs"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name}: got {getattr(arguments, name)}, wanted at least 1")
+    reason = plots.why_not()
+    if reason is not None and arguments.picture is not None:
+        raise ValueError(f"--picture: {reason}")
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    results = run_demo(arguments.seeds, arguments.epochs, progress=not arguments.no_progress)
+    _files.write_text(arguments.output / "results.json", json.dumps(results, indent=1) + "\n")
+    headers, rows = summary(results)
+    picture = None
+    if reason is None:
+        picture = plots.png(draw(results))
+        for path in filter(None, (arguments.output / "curves.png", arguments.picture)):
+            _files.write_atomically(path, lambda file: file.write(picture))
+    write_report(arguments.output / "index.html", results, headers, rows, picture)
+    if arguments.json:
+        print(json.dumps(results))
+    else:
+        print(f"Test accuracy after training on digits with {100 * results['wrong_labels']:.0f} % wrong labels\n")
+        print(report.plain_table(headers, rows))
+        print(f"\nreport: {arguments.output / 'index.html'}")
+    if reason is not None:
+        print(f"sdfast demo: no picture: {reason}", file=sys.stderr)
+    return 0
+
+
+def run_demo(seeds: int, epochs: int, progress: bool = True) -> dict[str, Any]:
+    """Trains every method once per seed.
+
+    Args:
+        seeds: How many seeds: of the split, the noise, the initial weights and the order.
+        epochs: Of each run.
+        progress: Show a progress bar on a terminal.
+
+    Returns:
+        What results.json holds: the setting, the environment, and each run's curves.
+    """
+    threads = torch.get_num_threads()
+    # So small a network gains nothing from a second thread, and crawls where another program wants that core.
+    torch.set_num_threads(1)
+    try:
+        runs, wrong_labels = _train_all(seeds, epochs, progress)
+    finally:
+        torch.set_num_threads(threads)
+    return {
+        "data": "digits",
+        "noise_rate": NOISE_RATE,
+        "wrong_labels": wrong_labels,
+        "widths": WIDTHS,
+        "batch_size": BATCH_SIZE,
+        "epochs": epochs,
+        "optimizer": f"SGD, momentum {MOMENTUM}, learning rate {LEARNING_RATE} falling to 0 by a cosine",
+        "runs": runs,
+        "environment": {
+            "sdfast": sdfast.__version__,
+            "torch": torch.__version__,
+            "threads": 1,
+            "backend": _dispatch.automatic("cpu"),
+        },
+    }
+
+
+def _train_all(seeds: int, epochs: int, progress: bool) -> tuple[dict[str, list[dict]], float]:
+    """The runs of each method, and the mean share of wrong labels."""
+    runs: dict[str, list[dict]] = {method: [] for method in METHODS}
+    rates = []
+    with tqdm(total=seeds * len(METHODS) * epochs, unit="epoch", disable=None if progress else True) as bar:
+        for seed in range(seeds):
+            for method, (_, alpha) in METHODS.items():
+                bar.set_description(f"{method}, seed {seed}")
+                began = time.perf_counter()
+                rate, history = train_once(alpha, seed, epochs, lambda *_: bar.update())
+                seconds = time.perf_counter() - began
+                columns = ("accuracy", "clean_accuracy", "eval_accuracy", "alpha", "loss")
+                runs[method].append({"seed": seed, "seconds": seconds, **{name: history[name] for name in columns}})
+            rates.append(rate)
+    return runs, statistics.mean(rates)
+
+
+def train_once(
+    alpha: float | AdaptiveAlpha, seed: int, epochs: int, callback: Callable[[SelfDistiller, History], object]
+) -> tuple[float, History]:
+    """One run: the realised noise rate, and the history with test and clean accuracies."""
+    data = load_dataset("digits", seed=seed)
+    noise = flip_labels(data.train_labels, NOISE_RATE, data.num_classes, generator=torch.Generator().manual_seed(seed))
+    torch.manual_seed(seed)
+    model = mlp(WIDTHS)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    distiller = SelfDistiller(model, optimizer, alpha=alpha, scheduler=scheduler)
+    history = distiller.fit(
+        Batches(data.train_inputs, noise.labels, BATCH_SIZE, seed=seed, with_indices=True),
+        epochs,
+        eval=[(data.test_inputs, data.test_labels)],
+        callbacks=[callback],
+        progress=False,
+        clean_labels=data.train_labels,
+    )
+    return noise.realised_rate, history
+
+
+def summary(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows of the table: one row a method, mean ± standard deviation over the seeds."""
+    rows = []
+    for method, runs in results["runs"].items():
+        last = [100 * run["eval_accuracy"][-1] for run in runs]
+        best = [100 * max(run["eval_accuracy"]) for run in runs]
+        seconds = statistics.mean(run["seconds"] for run in runs)
+        rows.append([method, mean_and_deviation(last), mean_and_deviation(best), f"{seconds:.1f}"])
+    return ["method", "last epoch (%)", "best epoch (%)", "seconds a run"], rows
+
+
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """The mean, and the sample standard deviation where there are two values or more."""
+    mean = f"{statistics.mean(values):.1f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.1f}"
+
+
+def draw(results: dict[str, Any]) -> Any:
+    """The picture: test accuracy on the left, agreement with the training labels on the right."""
+
+    def curves(column: str) -> list[plots.Curve]:
+        runs = results["runs"].items()
+        return [plots.Curve(name, METHODS[name][0], [run[column] for run in each]) for name, each in runs]
+
+    wrong = results["wrong_labels"]
+    seeds = len(next(iter(results["runs"].values())))
+    return plots.comparison(
+        "A network that learns from its own predictions ignores the wrong labels",
+        f"digits, {100 * wrong:.0f} % of the training labels wrong; 64-256-256-10 network; mean and range of "
+        f"{seeds} seed{'s' if seeds > 1 else ''}",
+        [
+            plots.Panel("Accuracy on test data", curves("eval_accuracy")),
+            plots.Panel(
+                "Agreement with the training labels as given",
+                curves("accuracy"),
+                level=1 - wrong,
+                level_name=f"{100 * (1 - wrong):.0f} % are right: more means memorised errors",
+            ),
+        ],
+    )
+
+
+def write_report(
+    path: Path, results: dict[str, Any], headers: Sequence[str], rows: Sequence[Sequence[str]], picture: bytes | None
+) -> None:
+    """The page: picture, table, setting. Each part is a section, so that others can join."""
+    figures = {row[0]: row[1] for row in rows}
+    ends = ", ".join(f"{method} {figure} %" for method, figure in figures.items())
+    parts = []
+    if picture is not None:
+        description = f"Test accuracy over the epochs; at the last epoch: {ends}"
+        parts.append(report.section("What happens", report.picture(picture, description)))
+    parts.append(
+        report.section(
+            "Test accuracy",
+            report.table(headers, rows),
+            report.text(
+                "Mean ± standard deviation over the seeds. The best epoch is chosen by looking at the test data, which "
+                "nobody can do in earnest: the last epoch is what training without an early-stopping set gives."
+            ),
+        )
+    )
+    setting = [
+        ("data", "scikit-learn's digits, a random quarter held out for testing"),
+        ("label noise", f"each label redrawn over all classes with probability {results['noise_rate']}"),
+        ("labels that end up wrong", f"{100 * results['wrong_labels']:.1f} %"),
+        ("network", "-".join(map(str, results["widths"]))),
+        ("training", f"{results['optimizer']}; batch {results['batch_size']}; {results['epochs']} epochs"),
+        ("self-distillation", "target = α · label + (1 − α) · own hard prediction, with 1 − α = accuracy of the batch"),
+    ]
+    parts.append(report.section("Setting", report.table(("", ""), setting)))
+    parts.append(
+        report.section(
+            "Reference",
+            report.text(
+                "Dong, Hou, Lu, Zhang 2019: Distillation ≈ Early Stopping? Harvesting Dark Knowledge Utilizing "
+                "Anisotropic Information Retrieval For Overparameterized Neural Network. Algorithm 1."
+            ),
+        )
+    )
+    environment = ", ".join(f"{name} {value}" for name, value in results["environment"].items())
+    report.write_page(path, "Training on wrong labels, with and without self-distillation", parts, environment)

@@ -1,0 +1,187 @@
+"""Pictures of training runs, as PNG files. Needs matplotlib; nothing else in the package does."""
+
+import importlib.util
+import io
+import math
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sdfast import _files
+
+if TYPE_CHECKING:
+    from sdfast.train.history import History
+
+# Okabe and Ito's colours, told apart by every kind of eye.
+VERMILLION, BLUE, GREEN, ORANGE, GREY = "#D55E00", "#0072B2", "#009E73", "#E69F00", "#5F6368"
+
+
+class Curve(NamedTuple):
+    """One method over the epochs.
+
+    Attributes:
+        name: As the picture shows it.
+        color: Of the line and its band.
+        runs: (runs, epochs) values; the line is their mean, the band their smallest to largest.
+    """
+
+    name: str
+    color: str
+    runs: Sequence[Sequence[float]]
+
+
+class Panel(NamedTuple):
+    """One pair of axes.
+
+    Attributes:
+        title: What is seen.
+        curves: Drawn in this order, each named at its end.
+        level: A horizontal line to compare with, or ``None``.
+        level_name: What that line is.
+    """
+
+    title: str
+    curves: Sequence[Curve]
+    level: float | None = None
+    level_name: str = ""
+
+
+def why_not() -> str | None:
+    """Why no picture can be drawn here, or ``None`` where one can."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return "matplotlib is not installed: pip install 'sdfast[plot]'"
+    return None
+
+
+def save(figure: Any, path: str | os.PathLike) -> None:
+    """Writes a figure as a PNG that is whole or not there."""
+    _files.write_atomically(path, lambda file: file.write(png(figure)))
+
+
+def png(figure: Any) -> bytes:
+    """The bytes of a figure's PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=160)
+    return buffer.getvalue()
+
+
+def comparison(title: str, subtitle: str, panels: Sequence[Panel]) -> Any:
+    """Percentages over the epochs, panels side by side.
+
+    Args:
+        title: Of the whole picture: what it shows.
+        subtitle: On what, in smaller print.
+        panels: From left to right; their curves hold fractions, drawn as percentages.
+
+    Returns:
+        A matplotlib figure.
+    """
+    figure = _new_figure(5.8 * len(panels), 4.4)
+    figure.subplots_adjust(left=0.07, right=0.885, top=0.765, bottom=0.125, wspace=0.5)
+    figure.text(0.012, 0.935, title, fontsize=14, fontweight="bold", color="#202124")
+    figure.text(0.012, 0.875, subtitle, fontsize=10, color=GREY)
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        _draw_panel(axes, panel)
+    return figure
+
+
+def training_curves(history: "History") -> Any:
+    """Loss, accuracies and α of one run over its epochs, as a matplotlib figure."""
+    figure = _new_figure(12, 3.8)
+    figure.subplots_adjust(left=0.05, right=0.985, top=0.86, bottom=0.14, wspace=0.2)
+    loss, accuracy, alpha = figure.subplots(1, 3)
+    epochs = history["epoch"]
+    _style(loss, "Training loss")
+    loss.plot(epochs, history["loss"], color=BLUE)
+    _style(accuracy, "Accuracy (%)")
+    names = {
+        "accuracy": ("training, labels as given", ORANGE),
+        "clean_accuracy": ("training, true labels", GREEN),
+        "eval_accuracy": ("evaluation", BLUE),
+    }
+    for column, (name, color) in names.items():
+        values = [math.nan if value is None else 100 * value for value in history[column]]
+        if not all(map(math.isnan, values)):
+            accuracy.plot(epochs, values, color=color, label=name)
+    accuracy.legend(frameon=False, fontsize=9)
+    _style(alpha, "The given label in the targets")
+    alpha.plot(epochs, history["alpha"], color=VERMILLION, label="its mean weight α")
+    alpha.plot(epochs, history["agreement"], color=GREY, linestyle="--", label="share of targets it still leads")
+    alpha.set_ylim(-0.03, 1.03)
+    alpha.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def _new_figure(width: float, height: float) -> Any:
+    if (reason := why_not()) is not None:
+        raise ModuleNotFoundError(reason)
+    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+
+    return Figure(figsize=(width, height), facecolor="white")
+
+
+def _draw_panel(axes: Any, panel: Panel) -> None:
+    _style(axes, panel.title)
+    for curve in panel.curves:
+        columns = [[100 * value for value in column] for column in zip(*curve.runs, strict=True)]
+        epochs = range(1, len(columns) + 1)
+        means = [sum(column) / len(column) for column in columns]
+        axes.fill_between(epochs, [*map(min, columns)], [*map(max, columns)], color=curve.color, alpha=0.2, linewidth=0)
+        axes.plot(epochs, means, color=curve.color, linewidth=2)
+    last = max((len(run) for curve in panel.curves for run in curve.runs), default=1)
+    axes.set_xlim(0, max(last, 2))
+    axes.set_ylim(_lower_end(panel), 101.5)
+    axes.yaxis.set_major_formatter("{x:.0f} %")
+    if panel.level is not None:
+        axes.axhline(100 * panel.level, color=GREY, linestyle=(0, (4, 3)), linewidth=1)
+        axes.annotate(
+            panel.level_name,
+            (1, 100 * panel.level),
+            xycoords=("axes fraction", "data"),
+            xytext=(-4, -14),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            fontsize=9,
+            color=GREY,
+        )
+    _label_curves(axes, panel)
+
+
+def _lower_end(panel: Panel) -> float:
+    """The bottom of the axis: the later curves fill it, the first epochs may leave it."""
+    later = [100 * value for curve in panel.curves for run in curve.runs for value in run[min(4, len(run) - 1) :]]
+    levels = [] if panel.level is None else [100 * panel.level]
+    return max(0.0, 10 * math.floor((min(later + levels) - 4) / 10))
+
+
+def _label_curves(axes: Any, panel: Panel) -> None:
+    """Each curve's name and last value stand where it ends, moved apart where they would meet."""
+    low, high = axes.get_ylim()
+    gap = 0.13 * (high - low)
+    ends = sorted((100 * sum(run[-1] for run in curve.runs) / len(curve.runs), curve) for curve in panel.curves)
+    height = -math.inf
+    for value, curve in ends:
+        height = max(value, height + gap, low)
+        axes.annotate(
+            f"{curve.name}\n{value:.1f} %",
+            (1, height),
+            xycoords=("axes fraction", "data"),
+            xytext=(7, 0),
+            textcoords="offset points",
+            va="center",
+            color=curve.color,
+            fontsize=10,
+            fontweight="bold",
+        )
+
+
+def _style(axes: Any, title: str) -> None:
+    axes.set_title(title, fontsize=11, loc="left", color="#202124")
+    axes.set_xlabel("epoch", fontsize=10, color=GREY)
+    axes.grid(axis="y", color="#E4E6E9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=GREY, length=0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color("#BDC1C6")

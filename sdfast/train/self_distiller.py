@@ -1,0 +1,343 @@
+"""Algorithm 1 of Dong et al. 2019: learn from the given labels mixed with one's own current predictions."""
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from tqdm import tqdm
+
+from sdfast import _checks
+from sdfast.nn import SelfDistillationLoss
+from sdfast.ops.self_distillation import AdaptiveAlpha, ClipLabel
+from sdfast.ops.self_distillation.reference import batch_accuracy
+from sdfast.train.checkpoint import Checkpoint, number_of_batches, training_settings
+from sdfast.train.history import EpochRecord, History
+
+__all__ = ["SelfDistiller"]
+
+AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Sums over an epoch, kept on the device: rows kept, then each of these times the rows it stands for.
+_SUMS = ("loss", "accuracy", "alpha", "agreement")
+
+
+class SelfDistiller:
+    """Trains a classifier on its labels mixed with its own predictions.
+
+    Each step is ``loss = self_distillation_loss(model(inputs), labels, alpha, …)``, backward, optimizer step: the loop
+    one would write by hand, with bitwise the same result. The host reads the device once an epoch (and, with float16,
+    once a step inside torch's GradScaler).
+
+    Args:
+        model: Maps inputs to logits (..., C). Moved to `device`.
+        optimizer: Over parameters of `model`.
+        alpha: Weight of the given label: a number, `sdfast.AdaptiveAlpha`, or a function of (epoch, step) that returns
+            a number or a 0-d tensor; both count from 0, steps over the whole training.
+        label_fn: As in `sdfast.self_distillation_loss`, and so are all up to `backend`.
+        temperature: Of the softmax.
+        loss: ``"cross_entropy"``, ``"kl"``, ``"mse"`` or ``"brier"``.
+        ignore_index: Rows with this index label count for nothing.
+        label_smoothing: Of the given label, before mixing.
+        class_weight: (C,).
+        backend: Of the loss.
+        scheduler: A torch scheduler of the learning rate.
+        scheduler_step: After which the scheduler steps: ``"epoch"`` or ``"step"``.
+        device: Where to train; ``None`` is where the model is.
+        amp: ``"bfloat16"`` or ``"float16"`` (with a GradScaler; on GPUs only) for automatic mixed precision.
+        compile: Train and evaluate through ``torch.compile(model)``.
+
+    Raises:
+        TypeError: `model`, `optimizer` or `scheduler` is something else.
+        ValueError: An option is impossible or does not go with the others; the message names it.
+        NotImplementedError: The device or the scheduler cannot do what is asked.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        alpha: float | AdaptiveAlpha | Callable[[int, int], float | Tensor],
+        label_fn: str | ClipLabel = "hardmax",
+        temperature: float = 1.0,
+        loss: str = "cross_entropy",
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        class_weight: Tensor | None = None,
+        backend: str | None = None,
+        scheduler: LRScheduler | None = None,
+        scheduler_step: str = "epoch",
+        device: torch.device | str | None = None,
+        amp: str | None = None,
+        compile: bool = False,
+    ) -> None:
+        _check_parts(model, optimizer, scheduler)
+        _checks.check_option("scheduler_step", scheduler_step, ("epoch", "step"))
+        self.device = _training_device(device, model)
+        if amp is not None:
+            _checks.check_option("amp", amp, AMP_DTYPES)
+            if amp == "float16" and self.device.type == "cpu":
+                raise NotImplementedError("amp: got 'float16' on the CPU, which has no use for it; use 'bfloat16'")
+        self.loss = SelfDistillationLoss(
+            1.0 if callable(alpha) else alpha,
+            label_fn=label_fn,
+            temperature=temperature,
+            loss=loss,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            class_weight=class_weight,
+            return_stats=True,
+            backend=backend,
+        ).to(self.device)
+        self.alpha = alpha
+        self.model = model.to(self.device)
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.scheduler_step = scheduler_step
+        self.amp = amp
+        self.compile = compile
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "float16")
+        self._forward = torch.compile(self.model) if compile else self.model
+        # As they are now: a checkpoint compares them with those of the run it continues.
+        self.settings = training_settings(self)
+
+    def fit(
+        self,
+        train: Iterable,
+        epochs: int,
+        eval: Iterable | None = None,
+        callbacks: Sequence[Callable[["SelfDistiller", History], object]] = (),
+        checkpoint: str | os.PathLike | None = None,
+        progress: bool = True,
+        *,
+        clean_labels: Tensor | None = None,
+        allow_nan: bool = False,
+    ) -> History:
+        """Trains for a number of epochs.
+
+        Args:
+            train: Any iterable of (inputs, labels) or (inputs, labels, indices) that can be passed over once an epoch:
+                `sdfast.data.Batches`, a torch DataLoader, a list. Its ``set_epoch``, or its sampler's, is called.
+            epochs: How many, those of the checkpoint included.
+            eval: Batches on which the accuracy is measured after each epoch.
+            callbacks: Each is called as ``callback(distiller, history)`` after an epoch, before its checkpoint; one
+                that returns ``True`` ends the training.
+            checkpoint: A file written before the first epoch and after each. Where it exists the training continues
+                from it, and ends with bitwise the weights of an uninterrupted run on the same machine and thread count,
+                if the batches of an epoch depend on torch's, NumPy's and Python's random states and the epoch alone.
+            progress: Show a progress bar on a terminal.
+            clean_labels: (N, ...) true labels of all training rows, to measure against; the batches must carry indices.
+            allow_nan: Go on when the training loss is not finite.
+
+        Returns:
+            The history, that of the checkpoint included.
+
+        Raises:
+            TypeError: A batch is no (inputs, labels[, indices]) of tensors.
+            ValueError: An argument is impossible, or the checkpoint belongs to other settings; the message says which.
+            NotImplementedError: The checkpoint could not hold all of this training's state.
+            FloatingPointError: An epoch's training loss is not finite. The checkpoint is that of the epoch before; the
+                exception's ``history`` holds the epoch too.
+        """
+        if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
+            raise ValueError(f"epochs: got {epochs!r}, wanted an integer >= 1")
+        for name, batches in (("train", train), ("eval", eval)):
+            _check_batches(name, batches)
+        if clean_labels is not None:
+            _checks.check_tensor("clean_labels", clean_labels)
+            clean_labels = clean_labels.to(self.device)
+        history, stopped, step = History(), False, 0
+        saved = None
+        if checkpoint is not None:
+            saved = Checkpoint(checkpoint, self, train, {"eval": eval is not None})
+            history, stopped, step = saved.start(epochs)
+        was_training = self.model.training
+        steps = number_of_batches(train)
+        total = None if steps is None else steps * epochs
+        with tqdm(total=total, initial=step, unit="step", disable=None if progress else True) as bar:
+            try:
+                for epoch in range(len(history), 0 if stopped else epochs):
+                    began = time.perf_counter()
+                    rate = float(self.optimizer.param_groups[0]["lr"])
+                    sums, step = self._train_epoch(train, epoch, step, clean_labels, bar)
+                    accuracy = None if eval is None else self.evaluate(eval)
+                    history.append(_record(epoch, sums, clean_labels is not None, accuracy, rate, began))
+                    bar.set_postfix_str(_postfix(history.last, epochs), refresh=False)
+                    if not math.isfinite(history.last.loss) and not allow_nan:
+                        raise _not_finite(history)
+                    votes = [callback(self, history) is True for callback in callbacks]
+                    stopped = any(votes)
+                    if saved is not None:
+                        saved.save(history, stopped, step)
+                    if stopped:
+                        break
+            finally:
+                self.model.train(was_training)
+        return history
+
+    def evaluate(self, batches: Iterable) -> float:
+        """The model's accuracy, in evaluation mode.
+
+        Args:
+            batches: An iterable of (inputs, labels) or (inputs, labels, indices).
+
+        Returns:
+            The share of rows whose largest logit is their label's, rows with the ignored label left out.
+        """
+        was_training = self.model.training
+        self.model.eval()
+        counts = torch.zeros(2, dtype=torch.int64, device=self.device)  # correct, kept
+        try:
+            with torch.no_grad():
+                for inputs, labels, _ in self._on_device(batches, "eval"):
+                    with self._autocast():
+                        logits = self._forward(inputs)
+                    counts += torch.stack(self._correct(logits, labels))
+        finally:
+            self.model.train(was_training)
+        correct, kept = counts.tolist()
+        return correct / kept if kept else math.nan
+
+    def _train_epoch(
+        self, train: Iterable, epoch: int, step: int, clean_labels: Tensor | None, bar: tqdm
+    ) -> tuple[list[float], int]:
+        """One pass over `train`: rows kept, the sums of `_SUMS`, clean (correct, known) rows; and the step reached."""
+        self.model.train()
+        ordered = train if hasattr(train, "set_epoch") else getattr(train, "sampler", None)
+        set_epoch = getattr(ordered, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(epoch)
+        wide = torch.float32 if self.device.type == "mps" else torch.float64  # which knows no doubles
+        sums = torch.zeros(len(_SUMS) + 3, dtype=wide, device=self.device)
+        first = step
+        for inputs, labels, indices in self._on_device(train, "train"):
+            alpha = self.alpha(epoch, step) if callable(self.alpha) else self.alpha
+            self.optimizer.zero_grad()
+            with self._autocast():
+                logits = self._forward(inputs)
+                loss, stats = self.loss(logits, labels, alpha=alpha)
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            if self.scheduler is not None and self.scheduler_step == "step":
+                self.scheduler.step()
+            with torch.no_grad():
+                kept = self._kept(labels, logits)
+                means = torch.stack((torch.ones_like(loss), loss, stats.accuracy, stats.alpha, stats.agreement))
+                sums[: len(means)] += means.to(wide) * kept
+                if clean_labels is not None:
+                    sums[len(means) :] += torch.stack(self._correct(logits, _clean_rows(clean_labels, indices)))
+            step += 1
+            bar.update()
+        if step == first:
+            raise ValueError("train: gave no batch in an epoch; an iterable that can be used only once is used up")
+        if self.scheduler is not None and self.scheduler_step == "epoch":
+            self.scheduler.step()
+        return sums.tolist(), step
+
+    def _on_device(self, batches: Iterable, name: str) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        for batch in batches:
+            if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
+                got = f"{type(batch).__name__}{f' of {len(batch)}' if isinstance(batch, Sized) else ''}"
+                raise TypeError(
+                    f"{name}: got a batch that is a {got}, wanted (inputs, labels) or (inputs, labels, indices)"
+                )
+            for part, value in zip(("inputs", "labels", "indices"), batch, strict=False):
+                _checks.check_tensor(f"{name}: {part} of a batch", value)
+            inputs, labels, *rest = (part.to(self.device, non_blocking=True) for part in batch)
+            yield inputs, labels, rest[0] if rest else None
+
+    def _autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, AMP_DTYPES.get(self.amp or ""), enabled=self.amp is not None)
+
+    def _correct(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        rows = _checks.check_labels(logits, labels, self.loss.loss == "mse")
+        return batch_accuracy(logits.reshape(-1, logits.shape[-1]), rows, self.loss.ignore_index)
+
+    def _kept(self, labels: Tensor, logits: Tensor) -> Tensor | int:
+        if labels.is_floating_point():
+            return logits.numel() // logits.shape[-1]
+        return (labels != self.loss.ignore_index).sum()
+
+
+def _clean_rows(clean_labels: Tensor, indices: Tensor | None) -> Tensor:
+    if indices is None:
+        raise ValueError(
+            "clean_labels: the batches of train carry no indices to look them up by; use Batches(…, with_indices=True) "
+            "or a data set of (inputs, label, index)"
+        )
+    return clean_labels[indices]
+
+
+def _record(
+    epoch: int, sums: list[float], clean_known: bool, eval_accuracy: float | None, rate: float, began: float
+) -> EpochRecord:
+    kept, *weighted, clean_correct, clean_kept = sums
+    means = {name: value / kept if kept else math.nan for name, value in zip(_SUMS, weighted, strict=True)}
+    clean = clean_correct / clean_kept if clean_known and clean_kept else None
+    return EpochRecord(
+        epoch=epoch + 1,
+        clean_accuracy=clean,
+        eval_accuracy=eval_accuracy,
+        learning_rate=rate,
+        seconds=time.perf_counter() - began,
+        **means,
+    )
+
+
+def _postfix(record: EpochRecord, epochs: int) -> str:
+    text = f"epoch {record.epoch}/{epochs}, loss {record.loss:.4f}, accuracy {100 * record.accuracy:.1f} %"
+    return text if record.eval_accuracy is None else f"{text}, eval {100 * record.eval_accuracy:.1f} %"
+
+
+def _not_finite(history: History) -> FloatingPointError:
+    error = FloatingPointError(
+        f"train: the loss of epoch {history.last.epoch} is {history.last.loss}; look for NaN in the inputs or lower "
+        f"the learning rate ({history.last.learning_rate:g}), or go on with fit(…, allow_nan=True)"
+    )
+    error.history = history  # type: ignore[attr-defined]
+    return error
+
+
+def _check_parts(model: object, optimizer: object, scheduler: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer: got {type(optimizer).__name__}, wanted a torch.optim.Optimizer")
+    own = {id(parameter) for parameter in model.parameters()}
+    if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+        raise ValueError("optimizer: holds no parameter of model, so training would change nothing")
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise NotImplementedError("scheduler: ReduceLROnPlateau wants a figure at each step; step it in a callback")
+    if scheduler is not None and not isinstance(scheduler, LRScheduler):
+        raise TypeError(f"scheduler: got {type(scheduler).__name__}, wanted a torch.optim.lr_scheduler.LRScheduler")
+    if scheduler is not None and scheduler.optimizer is not optimizer:
+        raise ValueError("scheduler: belongs to another optimizer than the one given")
+
+
+def _check_batches(name: str, batches: object) -> None:
+    if batches is None and name == "eval":
+        return
+    if not isinstance(batches, Iterable) or isinstance(batches, Tensor):
+        raise TypeError(f"{name}: got {type(batches).__name__}, wanted an iterable of (inputs, labels) batches")
+    if isinstance(batches, Iterator):
+        raise ValueError(
+            f"{name}: got an iterator, which is used up after one epoch; wanted a list, DataLoader or Batches"
+        )
+
+
+def _training_device(device: torch.device | str | None, model: nn.Module) -> torch.device:
+    if device is None:
+        return next(model.parameters()).device
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:  # torch's own for a device that is not there
+        raise ValueError(f"device: got {str(device)!r}: {str(error).splitlines()[0]}") from None
+    return chosen

@@ -1,0 +1,71 @@
+"""The demo: what it writes, that its runs differ in α alone, and that it shows what it says."""
+
+import json
+
+import pytest
+import torch
+
+from sdfast.cli import main
+from sdfast.experiments import demo
+
+
+def test_writes_a_page_a_picture_and_the_results(capfd, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert (
+        main(["demo", "--seeds", "2", "--epochs", "2", "--output", str(tmp_path), "--picture", f"{tmp_path}/my.png"])
+        == 0
+    )
+    out, err = capfd.readouterr()
+    assert err == ""
+    results = json.loads((tmp_path / "results.json").read_text())
+    headers, rows = demo.summary(results)
+    for name, *figures in rows:
+        line = next(line for line in out.splitlines() if line.startswith(name))
+        assert all(figure in line for figure in figures)
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == 1
+    assert "http" not in page  # it needs nothing but itself
+    assert all(header in page for header in headers)
+    assert (tmp_path / "my.png").read_bytes() == (tmp_path / "curves.png").read_bytes()
+    assert (tmp_path / "my.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_prints_one_json_document(capfd, tmp_path):
+    assert main(["demo", "--seeds", "1", "--epochs", "2", "--output", str(tmp_path), "--json"]) == 0
+    results = json.loads(capfd.readouterr().out)
+    assert results == json.loads((tmp_path / "results.json").read_text())
+    for runs in results["runs"].values():
+        assert len(runs) == 1
+        assert len(runs[0]["eval_accuracy"]) == 2
+    assert results["runs"]["cross entropy"][0]["alpha"] == [1.0, 1.0]
+    own = results["runs"]["self-distillation"][0]
+    assert [1 - accuracy for accuracy in own["accuracy"]] == pytest.approx(own["alpha"], abs=1e-6)
+
+
+def test_does_without_matplotlib_and_says_so(capfd, tmp_path, monkeypatch):
+    monkeypatch.setattr("sdfast.plots.why_not", lambda: "matplotlib is not installed")
+    assert main(["demo", "--seeds", "1", "--epochs", "1", "--output", str(tmp_path)]) == 0
+    assert capfd.readouterr().err == "sdfast demo: no picture: matplotlib is not installed\n"
+    assert "<img" not in (tmp_path / "index.html").read_text()
+    assert main(["demo", "--picture", f"{tmp_path}/my.png"]) == 2
+
+
+def test_self_distillation_keeps_its_accuracy_where_cross_entropy_loses_it():
+    results = demo.run_demo(seeds=1, epochs=100, progress=False)
+    plain, own = (runs[0] for runs in results["runs"].values())
+    assert 0.34 < results["wrong_labels"] < 0.38
+    assert plain["eval_accuracy"][-1] < 0.80 < max(plain["eval_accuracy"]) - 0.1
+    assert own["eval_accuracy"][-1] > 0.95
+    assert plain["accuracy"][-1] > 0.9  # it has memorised the wrong labels
+    assert own["clean_accuracy"][-1] > 0.95  # and this one the true ones, which it never saw
+
+
+def test_leaves_the_number_of_threads_as_it_was():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        results = demo.run_demo(seeds=1, epochs=1, progress=False)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert results["environment"]["threads"] == 1

@@ -1,0 +1,212 @@
+"""The command line: what it writes, and that wrong arguments are one line and exit code 2."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import sdfast
+from sdfast.cli import main
+from sdfast.train import History
+
+
+def run(capfd, *words):
+    """(exit code, stdout, stderr) of ``sdfast words``, in this process."""
+    try:
+        code = main([str(word) for word in words])
+    except SystemExit as exit_:
+        code = exit_.code
+    out, err = capfd.readouterr()
+    return code, out, err
+
+
+def train(capfd, output, *words):
+    return run(capfd, "train", "--output", output, "--epochs", 2, "--hidden", 16, "--noise", 0.4, *words)
+
+
+def test_train_fills_its_folder_and_prints_a_table(capfd, tmp_path):
+    pytest.importorskip("matplotlib")
+    code, out, err = train(capfd, tmp_path / "run")
+    assert (code, err) == (0, "")
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"checkpoint.pt", "history.json", "history.csv", "settings.json", "curves.png"}
+    history = History.from_json(tmp_path / "run" / "history.json")
+    assert history["epoch"] == [1, 2]
+    assert None not in history["clean_accuracy"] + history["eval_accuracy"]
+    with open(tmp_path / "run" / "history.csv", newline="") as file:
+        assert [float(row["loss"]) for row in csv.DictReader(file)] == history["loss"]
+    assert f"{100 * history.last.eval_accuracy:.1f}" in out
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["noise"] == 0.4
+
+
+def test_train_prints_one_json_document(capfd, tmp_path):
+    code, out, _ = train(capfd, tmp_path / "run", "--json")
+    document = json.loads(out)
+    assert code == 0
+    assert document["last_epoch"] == History.from_json(tmp_path / "run" / "history.json").last._asdict()
+    assert 0.3 < document["realised_noise"] < 0.42
+
+
+def test_a_longer_run_resumes_and_equals_one_without_a_break(capfd, tmp_path):
+    constant = ("--schedule", "constant")
+    assert train(capfd, tmp_path / "a", *constant)[0] == 0
+    assert train(capfd, tmp_path / "a", *constant, "--resume", "--epochs", 4)[0] == 0
+    assert train(capfd, tmp_path / "b", *constant, "--resume", "--epochs", 4)[0] == 0  # nothing there yet: starts
+    first, second = (torch.load(tmp_path / name / "checkpoint.pt")["parts"]["model"] for name in "ab")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--alpha", 1.0),
+        ("--alpha", 0.5, "--label-fn", "softmax", "--temperature", 0.5, "--loss", "kl"),
+        ("--alpha-ratio", 0.5, "--label-smoothing", 0.1, "--backend", "reference"),
+        ("--alpha", 1.5, "--loss", "mse", "--lr", 0.05, "--momentum", 0, "--weight-decay", 0.001),
+        ("--noise-convention", "others", "--noise-exact", "--amp", "bfloat16", "--test-fraction", 0.5),
+        ("--noise-kind", "pair", "--schedule", "constant", "--batch-size", 32, "--seed", 5, "--hidden"),
+    ],
+)
+def test_every_option_trains(words, capfd, tmp_path):
+    code, _, err = train(capfd, tmp_path / "run", *words)
+    assert (code, err) == (0, "")
+
+
+@pytest.mark.parametrize("separator", [" ", ","])
+def test_asymmetric_noise_reads_its_matrix(separator, capfd, tmp_path):
+    matrix = torch.eye(10).roll(1, dims=1).tolist()
+    (tmp_path / "matrix").write_text("\n".join(separator.join(map(str, row)) for row in matrix))
+    words = ("--noise-kind", "asymmetric", "--noise-transition", tmp_path / "matrix", "--json")
+    code, out, _ = train(capfd, tmp_path / "run", *words)
+    assert code == 0
+    assert 0.35 < json.loads(out)["realised_noise"] < 0.45
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "the following arguments are required: command"),
+        (("paint",), "argument command: invalid choice: 'paint'"),
+        (("train", "--colour", "red"), "unrecognized arguments: --colour red"),
+        (("train", "--epochs", "many"), "argument --epochs: invalid int value: 'many'"),
+        (("train", "--epochs", 0), "--epochs: got 0, wanted at least 1"),
+        (("train", "--batch-size", -3), "--batch-size: got -3, wanted at least 1"),
+        (("train", "--noise", 1.5), "--noise: got 1.5, wanted within [0, 1]"),
+        (("train", "--noise", "nan"), "--noise: got nan, wanted within [0, 1]"),
+        (("train", "--lr", -1), "--lr: got -1.0, wanted a finite number >= 0"),
+        (("train", "--weight-decay", "inf"), "--weight-decay: got inf, wanted a finite number >= 0"),
+        (("train", "--hidden", 0), "--hidden: got [0], wanted widths of at least 1"),
+        (("train", "--alpha", 2), "--alpha: got 2.0, wanted within [0, 1]"),
+        (("train", "--alpha", 1, "--alpha-ratio", 1), "argument --alpha-ratio: not allowed with argument --alpha"),
+        (("train", "--alpha-ratio", -1), "ratio: got -1.0, wanted a finite number >= 0"),
+        (("train", "--temperature", 2), "temperature: got 2.0, but only label_fn='softmax' has one"),
+        (("train", "--label-fn", "identity"), "label_fn: 'identity' gives no probabilities, goes with loss='mse' only"),
+        (("train", "--dataset", "mnist"), "argument --dataset: invalid choice: 'mnist'"),
+        (("train", "--test-fraction", 1), "test_fraction: got 1.0, wanted a number in (0, 1)"),
+        (("train", "--seed", -1), "seed: got -1, wanted an integer in"),
+        (("train", "--device", "abacus"), "device: got 'abacus': "),
+        (("train", "--amp", "float16"), "amp: got 'float16' on the CPU"),
+        (("train", "--noise-kind", "asymmetric"), "--noise-transition: asymmetric noise wants a file with its matrix"),
+        (("train", "--noise-transition", "no/such/file"), "--noise-transition: there is no file no/such/file"),
+        (("train", "--noise-convention", "others", "--noise-kind", "pair"), "convention: got 'others', but only"),
+        (("demo", "--seeds", 0), "--seeds: got 0, wanted at least 1"),
+        (("demo", "--epochs", -1), "--epochs: got -1, wanted at least 1"),
+        (("doctor", "--jason"), "unrecognized arguments: --jason"),
+    ],
+)
+def test_wrong_arguments_are_one_line_and_exit_code_2(words, message, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capfd, *words)
+    assert code == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("sdfast")
+    assert f"error: {message}" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(capfd, tmp_path):
+    train(capfd, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    code, _, err = train(capfd, tmp_path / "run")
+    assert code == 2
+    assert "holds a run; add --resume" in err
+    code, _, err = train(capfd, tmp_path / "run", "--resume", "--lr", 0.01, "--noise", 0.2)
+    assert code == 2
+    assert "belongs to a training with other settings: optimizer[0].lr was 0.1 and is 0.01; train.data was" in err
+    assert err.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_matrix_of_words_is_refused(capfd, tmp_path):
+    (tmp_path / "matrix").write_text("not a number\n")
+    words = ("--noise-kind", "asymmetric", "--noise-transition", tmp_path / "matrix")
+    code, _, err = train(capfd, tmp_path / "run", *words)
+    assert code == 2
+    assert err.startswith("sdfast train: error: --noise-transition: ")
+    assert err.count("\n") == 1
+
+
+def test_an_output_that_is_a_file_is_refused(capfd, tmp_path):
+    (tmp_path / "run").write_text("mine")
+    code, _, err = train(capfd, tmp_path / "run")
+    assert code == 2
+    assert "is a file, wanted a folder" in err
+
+
+def test_a_training_that_diverges_fails_with_one_line_and_keeps_its_history(capfd, tmp_path):
+    code, _, err = train(capfd, tmp_path / "run", "--lr", 1e6, "--loss", "mse")
+    assert code == 1
+    assert "the loss of epoch 1 is " in err
+    assert err.count("\n") == 1
+    assert len(History.from_json(tmp_path / "run" / "history.json")) == 1
+
+
+def test_no_matplotlib_is_said_and_all_else_is_written(capfd, tmp_path, monkeypatch):
+    monkeypatch.setattr("sdfast.plots.why_not", lambda: "matplotlib is not installed: pip install 'sdfast[plot]'")
+    code, _, err = train(capfd, tmp_path / "run")
+    assert code == 0
+    assert err == "sdfast train: no picture: matplotlib is not installed: pip install 'sdfast[plot]'\n"
+    assert (tmp_path / "run" / "history.json").exists()
+
+
+def test_version_and_help(capfd):
+    assert run(capfd, "--version") == (0, f"sdfast {sdfast.__version__}\n", "")
+    code, out, _ = run(capfd, "--help")
+    assert code == 0
+    assert all(command in out for command in ("demo", "train", "doctor"))
+    code, out, _ = run(capfd, "train", "--help")
+    assert code == 0
+    assert "--alpha-ratio" in out
+    assert "(default: None)" not in out
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "sdfast",
+        "train",
+        "--epochs",
+        "1000000",
+        "--hidden",
+        "8",
+        "--output",
+        tmp_path / "run",
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "checkpoint.pt").exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == ""
+    assert err == "sdfast train: interrupted; the same command with --resume continues\n"
