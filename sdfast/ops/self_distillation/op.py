@@ -58,7 +58,6 @@ for _suffix in ("", "_triton"):
     torch.library.register_fake(f"sdfast::_self_distillation_backward{_suffix}", _fake_backward)
 
 
-
 def _triton_forward(*arguments):
     from sdfast.ops.self_distillation import triton_impl  # triton is imported by its first call, never before
 
