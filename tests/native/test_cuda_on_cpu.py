@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdfast.ops.self_distillation.op import LABEL_FUNCTIONS, LOSSES, REDUCTIONS, accumulation_dtype
+from sdfast.ops.self_distillation.op import LABEL_FUNCTIONS, LOSSES, REDUCTIONS, Description, accumulation_dtype
 from sdfast.ops.self_distillation.reference import self_distillation_reference
 
 HERE = Path(__file__).parent
@@ -87,10 +87,11 @@ def reference(logits, upstream=None, **options):
     o = coded(options)
     wide = logits.detach().double().requires_grad_()
     tensors = [o[n] if o[n] is None or not o[n].is_floating_point() else o[n].double() for n in TENSORS]
-    value, state = self_distillation_reference(
-        wide, *tensors, o["alpha_value"], o["adaptive"], o["label_fn"], o["label_parameter"], o["loss"], o["reduction"],
+    description = Description(
+        o["alpha_value"], o["adaptive"], o["label_fn"], o["label_parameter"], o["loss"], o["reduction"],
         o["ignore_index"], o["label_smoothing"],
     )  # fmt: skip
+    value, state = self_distillation_reference(wide, *tensors, description)
     upstream = torch.ones_like(value) if upstream is None else upstream.double().expand_as(value)
     (gradient,) = torch.autograd.grad(value, wide, upstream, allow_unused=True)
     return value.detach(), torch.zeros_like(wide) if gradient is None else gradient, state
@@ -321,9 +322,6 @@ def test_launches(emulated, rows, classes, wanted):
         assert emulated.launches - before == wanted
         emulated.backward(torch.ones(()), state, logits, labels=labels, **options)
         assert emulated.launches - before == wanted + 1
-    before = emulated.launches
-    emulated.forward(logits, labels=labels, reduction="none", want_stats=False)
-    assert emulated.launches - before == 1
 
 
 @pytest.mark.parametrize("dtype", STEP, ids=str)

@@ -13,7 +13,8 @@ LABEL_FUNCTIONS = {"softmax": 0, "hardmax": 1, "identity": 2, "clip": 3}
 LOSSES = {"cross_entropy": 0, "kl": 1, "mse": 2, "brier": 3}
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
-# The `state` output: (alpha, denominator, accuracy, target entropy, agreement); empty where nobody needs it.
+# The `state` output: (alpha, denominator, accuracy, target entropy, agreement), what the backward and the statistics
+# need of the batch; without statistics only the first two are defined. The CPU leaves it empty where nobody needs it.
 STATE_SIZE = 5
 
 _TENSORS = "Tensor logits, Tensor labels, Tensor? alpha, Tensor? source, Tensor? class_weight, Tensor? row_weight"
@@ -23,6 +24,8 @@ _SCHEMAS = (
     "-> (Tensor loss, Tensor gradient, Tensor state)",
     f"_self_distillation_backward{{suffix}}(Tensor upstream, Tensor state, {_TENSORS}, float alpha_value, "
     "int label_fn, float label_parameter, int loss, int ignore_index, float label_smoothing) -> Tensor gradient",
+    # On a GPU, where the host does not know the upstream gradient: leaves at once if that is 1.
+    "_scale_in_place{suffix}(Tensor(a!) gradient, Tensor upstream) -> ()",
 )
 
 library = torch.library.Library("sdfast", "FRAGMENT")  # outlives the operations: they end with it
@@ -36,26 +39,29 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _fake_forward(
-    logits, labels, alpha, source, class_weight, row_weight, alpha_value, adaptive, label_fn, label_parameter, loss,
-    reduction, ignore_index, label_smoothing, want_gradient, want_stats,
-):  # fmt: skip
-    rows, classes = logits.shape
-    dtype = accumulation_dtype(logits.dtype)
-    return (
-        logits.new_empty((rows,) if reduction == REDUCTIONS["none"] else (), dtype=dtype),
-        logits.new_empty((rows, classes) if want_gradient else (0,)),
-        logits.new_empty((STATE_SIZE,) if want_stats or not want_gradient else (0,), dtype=dtype),
-    )
+def _fake_forward(native):
+    def fake(
+        logits, labels, alpha, source, class_weight, row_weight, alpha_value, adaptive, label_fn, label_parameter,
+        loss, reduction, ignore_index, label_smoothing, want_gradient, want_stats,
+    ):  # fmt: skip
+        rows, classes = logits.shape
+        dtype = accumulation_dtype(logits.dtype)
+        stateless = native and logits.device.type == "cpu" and want_gradient and not want_stats
+        return (
+            logits.new_empty((rows,) if reduction == REDUCTIONS["none"] else (), dtype=dtype),
+            logits.new_empty((rows, classes) if want_gradient else (0,)),
+            logits.new_empty((0 if stateless else STATE_SIZE,), dtype=dtype),
+        )
 
-
-def _fake_backward(upstream, state, logits, *description):
-    return logits.new_empty(logits.shape)
+    return fake
 
 
 for _suffix in ("", "_triton"):
-    torch.library.register_fake(f"sdfast::_self_distillation{_suffix}", _fake_forward)
-    torch.library.register_fake(f"sdfast::_self_distillation_backward{_suffix}", _fake_backward)
+    torch.library.register_fake(f"sdfast::_self_distillation{_suffix}", _fake_forward(native=not _suffix))
+    torch.library.register_fake(
+        f"sdfast::_self_distillation_backward{_suffix}", lambda upstream, state, logits, *_: torch.empty_like(logits)
+    )
+    torch.library.register_fake(f"sdfast::_scale_in_place{_suffix}", lambda gradient, upstream: None)
 
 
 def _triton_forward(*arguments):
@@ -70,14 +76,33 @@ def _triton_backward(*arguments):
     return triton_impl.backward(*arguments)
 
 
+def _triton_scale_in_place(gradient, upstream):
+    from sdfast.ops.self_distillation import triton_impl
+
+    triton_impl.scale_in_place(gradient, upstream)
+
+
 for _key in ("CPU", "CUDA", "XPU"):  # CPU tensors: in Triton's interpreter
     library.impl("_self_distillation_triton", _triton_forward, _key)
     library.impl("_self_distillation_backward_triton", _triton_backward, _key)
+    library.impl("_scale_in_place_triton", _triton_scale_in_place, _key)
 
-_NATIVE = (torch.ops.sdfast._self_distillation.default, torch.ops.sdfast._self_distillation_backward.default)
-_TRITON = (
+
+class _Operations(NamedTuple):
+    forward: torch._ops.OpOverload
+    backward: torch._ops.OpOverload
+    scale_in_place: torch._ops.OpOverload
+
+
+_NATIVE = _Operations(
+    torch.ops.sdfast._self_distillation.default,
+    torch.ops.sdfast._self_distillation_backward.default,
+    torch.ops.sdfast._scale_in_place.default,
+)
+_TRITON = _Operations(
     torch.ops.sdfast._self_distillation_triton.default,
     torch.ops.sdfast._self_distillation_backward_triton.default,
+    torch.ops.sdfast._scale_in_place_triton.default,
 )
 _OPERATIONS = {"cpu": _NATIVE, "cuda": _NATIVE, "triton": _TRITON}
 
@@ -108,15 +133,17 @@ class SelfDistillation(torch.autograd.Function):
         wanted = ctx.needs_input_grad[1]
         # Compiled code cannot look at the upstream gradient, and folds it in by computing the gradient in the backward.
         now = wanted and description.reduction != REDUCTIONS["none"] and not torch.compiler.is_compiling()
-        value, gradient, state = _OPERATIONS[backend][0](
+        value, gradient, state = _OPERATIONS[backend].forward(
             logits, labels, alpha, source, class_weight, row_weight, *description, now, want_stats
         )
         ctx.set_materialize_grads(False)
-        if now:
-            ctx.description = None
+        ctx.backend = backend
+        if now and backend == "cpu":
             ctx.save_for_backward(gradient)
         elif wanted:
-            ctx.backend, ctx.description = backend, description
+            # Not saved through autograd: the first backward gives it away, a later one computes it again.
+            ctx.gradient = gradient if now else None
+            ctx.description = description
             ctx.save_for_backward(state, logits, labels, alpha, source, class_weight, row_weight)
         if not want_stats:
             return value
@@ -132,21 +159,22 @@ class SelfDistillation(torch.autograd.Function):
                 "differentiate the gradient (create_graph=True)"
             )
         if upstream is None:
-            gradient = None
-        elif ctx.description is None:
-            gradient = _scaled(ctx.saved_tensors[0], upstream)
+            return (None,) * 9
+        saved = ctx.saved_tensors  # read once: activation checkpointing unpacks them only once
+        if len(saved) == 1:
+            # A copy where it must be scaled: another backward may follow.
+            gradient = saved[0] if upstream.item() == 1 else saved[0] * upstream.to(saved[0].dtype)
+        elif ctx.gradient is not None:
+            gradient, ctx.gradient = ctx.gradient, None
+            _OPERATIONS[ctx.backend].scale_in_place(gradient, upstream)
         else:
-            state, logits, labels, alpha, source, class_weight, row_weight = ctx.saved_tensors
-            d = ctx.description
-            gradient = _OPERATIONS[ctx.backend][1](
-                upstream, state, logits, labels, state[0] if d.adaptive else alpha, source, class_weight, row_weight,
-                d.alpha_value, d.label_fn, d.label_parameter, d.loss, d.ignore_index, d.label_smoothing,
-            )  # fmt: skip
+            gradient = _gradient_from_inputs(_OPERATIONS[ctx.backend], upstream, saved, ctx.description)
         return None, gradient, None, None, None, None, None, None, None
 
 
-def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """`gradient` times the 0-d `upstream`; the very tensor where that is 1, as after a plain ``loss.backward()``."""
-    if upstream.device.type == "cpu" and upstream.item() == 1.0:
-        return gradient
-    return gradient * upstream.to(gradient.dtype)
+def _gradient_from_inputs(operations: _Operations, upstream: Tensor, saved: tuple, d: Description) -> Tensor:
+    state, logits, labels, alpha, source, class_weight, row_weight = saved
+    return operations.backward(
+        upstream, state, logits, labels, state[0] if d.adaptive else alpha, source, class_weight, row_weight,
+        d.alpha_value, d.label_fn, d.label_parameter, d.loss, d.ignore_index, d.label_smoothing,
+    )  # fmt: skip

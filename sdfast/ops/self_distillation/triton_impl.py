@@ -23,15 +23,14 @@ from torch import Tensor
 
 from sdfast.ops.self_distillation.op import LABEL_FUNCTIONS, LOSSES, REDUCTIONS, STATE_SIZE, accumulation_dtype
 from sdfast.ops.self_distillation.triton_batch import MAX_COUNT_BLOCKS, SUM_BLOCK, count_kernel
-from sdfast.ops.self_distillation.triton_kernels import rows_kernel
+from sdfast.ops.self_distillation.triton_kernels import rows_kernel, scale_kernel
 from sdfast.ops.self_distillation.triton_steps import NO_LABEL_FUNCTION
 
 ONE_TILE = 8192  # classes: the longest row that stays in registers
 LOOPED_TILE = 4096  # columns of a tile of a longer row
 TILE = 2048  # entries of a tile of short rows
-COUNT_IN_PROGRAM = (
-    4096  # labels: up to here each program counts them all, 32 KiB from the cache, and no launch is spent
-)
+COUNT_IN_PROGRAM = 4096  # labels: up to here each program counts them all, 32 KiB of cache, and no launch is spent
+SCALE_TILE = 4096  # entries of a program that scales a gradient
 PARTIALS = 6  # loss, kept, alpha, correct, entropy, agreement
 
 _REAL = {torch.float32: tl.float32, torch.float64: tl.float64}
@@ -85,8 +84,7 @@ def forward(
     reduced = reduction != REDUCTIONS["none"]
     value = logits.new_empty(() if reduced else (rows,), dtype=real)
     gradient = logits.new_empty((rows, classes) if want_gradient else (0,))
-    want_state = want_stats or not want_gradient
-    state = logits.new_empty((STATE_SIZE if want_state else 0,), dtype=real)
+    state = logits.new_empty((STATE_SIZE,), dtype=real)
     programs = max(1, triton.cdiv(rows, tiling(classes).rows))
     summed = reduced or want_stats
     with _device_of(logits):
@@ -96,7 +94,7 @@ def forward(
         _launch(
             programs, logits, labels, alpha, source, class_weight, row_weight, alpha_value, adaptive, label_fn,
             label_parameter, loss, ignore_index, label_smoothing, reduction=reduction, counts=counts,
-            state=state if want_state else None, gradient=gradient if want_gradient else None, loss_out=value,
+            state=state, gradient=gradient if want_gradient else None, loss_out=value,
             partials=logits.new_empty((PARTIALS, programs), dtype=real) if summed else None,
             arrivals=_arrival_counter(logits.device) if summed else None, want_stats=want_stats,
         )  # fmt: skip
@@ -128,6 +126,14 @@ def backward(
             label_parameter, loss, ignore_index, label_smoothing, state=state, gradient=gradient, upstream=upstream,
         )  # fmt: skip
     return gradient
+
+
+def scale_in_place(gradient: Tensor, upstream: Tensor) -> None:
+    """`_scale_in_place_triton`: multiplies a contiguous gradient by the 0-d upstream gradient, unless that is 1."""
+    entries = gradient.numel()
+    if entries:
+        with _device_of(gradient):
+            scale_kernel[(triton.cdiv(entries, SCALE_TILE),)](gradient, upstream, entries, TILE=SCALE_TILE)
 
 
 def _count(

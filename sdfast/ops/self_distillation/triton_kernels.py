@@ -187,5 +187,24 @@ def rows_kernel(
         elif state is not None:  # the backward reads only these two
             tl.store(state, tl.max(a, 0), mask=program == 0)
             tl.store(state + 1 + tl.arange(0, 1), denominator, mask=tl.arange(0, 1) == program)
+            statistics = tl.arange(0, 4)
+            tl.store(state + 2 + statistics, float("nan"), mask=statistics < tl.where(program == 0, 3, 0))
         if partials is not None:
             finish_batch(loss, state, partials, arrivals, denominator, a, REDUCTION != NONE, STATS, ALPHA_PER_ROW, REAL)
+
+
+@triton.jit
+def scale_kernel(
+    gradient,  # (entries,) in and out, contiguous
+    upstream,  # ()
+    entries,
+    TILE: tl.constexpr,
+):
+    # Computed: gradient *= upstream, in the accumulation dtype.
+    # Fused: the test for 1, on the device: a plain loss.backward() costs an empty launch.
+    # Never materialised: a second gradient.
+    factor = tl.load(upstream)
+    if factor != 1.0:
+        at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+        value = tl.load(gradient + at, mask=at < entries, other=0.0).to(factor.dtype) * factor
+        tl.store(gradient + at, value.to(gradient.dtype.element_ty), mask=at < entries)
