@@ -26,8 +26,10 @@ $(INSTALLED): $(SOURCES)
 demo: $(INSTALLED)
 	$(BIN)/sdfast demo
 
+# Two processes of one thread each; tests of threads set their own number.
+PYTEST_ARGS ?= -n 2
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # Prints one table of times, and records the run under benchmarks/results/.
 bench: $(INSTALLED)

@@ -3,8 +3,6 @@ import os
 import pytest
 import torch
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
-
 
 @pytest.fixture(autouse=True)
 def _fresh_seed_and_poison(request):

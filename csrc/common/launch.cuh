@@ -7,9 +7,6 @@
 
 #include <cuda_runtime.h>
 
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/macros.h>
-
 namespace sdfast {
 
 // The device of a tensor made current, and its current stream: those of the caller, graph capture included.
