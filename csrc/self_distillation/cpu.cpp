@@ -134,14 +134,13 @@ std::tuple<Tensor, Tensor, Tensor> forward_as(Problem<T> problem, const Tensor& 
   const OutputRows out = want_gradient ? OutputRows(gradient) : OutputRows();
   std::vector<RowResult<T>> results(problem.rows);
   // An all-ignored batch has loss 0, not 0/0.
-  const T divisor = reduction != kMean || counts.kept == 0 ? T(1) : counts.denominator;
+  const T divisor = reduction != kMean || counts.kept == 0 ? T(1) : counts.denominator, share = T(1) / divisor;
   over_rows(problem.rows, problem.classes, [&](int64_t begin, int64_t end, bool split_columns) {
-    Scratch<T> scratch(problem.classes);
-    for (int64_t i = begin; i < end; ++i) {
-      const T weight = problem.row_weight ? problem.row_weight[i] : T(1);
-      results[i] = run_row(problem, scratch, split_columns, i, adaptive ? &peaks[i] : nullptr, weight / divisor, out);
-      if (problem.kept(i)) results[i].loss *= weight;
-    }
+    run_rows(
+        problem, begin, end, split_columns, adaptive ? peaks.data() : nullptr,
+        [&](int64_t i) { return problem.weight_of(i) * share; }, out, results.data());
+    for (int64_t i = begin; i < end; ++i)
+      if (problem.kept(i)) results[i].loss *= problem.weight_of(i);
   });
 
   T* losses = loss.mutable_data_ptr<T>();
@@ -182,11 +181,9 @@ Tensor backward_as(const Problem<T>& problem, const Tensor& upstream, const Tens
   const int64_t given_stride = upstream.dim() == 1 ? upstream.stride(0) : 0;
   const T divisor = state.const_data_ptr<T>()[kDenominator];
   over_rows(problem.rows, problem.classes, [&](int64_t begin, int64_t end, bool split_columns) {
-    Scratch<T> scratch(problem.classes);
-    for (int64_t i = begin; i < end; ++i) {
-      const T weight = problem.row_weight ? problem.row_weight[i] : T(1);
-      run_row<T>(problem, scratch, split_columns, i, nullptr, given[i * given_stride] * weight / divisor, out);
-    }
+    run_rows<T>(
+        problem, begin, end, split_columns, nullptr,
+        [&](int64_t i) { return given[i * given_stride] * problem.weight_of(i) / divisor; }, out, nullptr);
   });
   return gradient;
 }

@@ -81,6 +81,7 @@ template <class T>
 struct Softmax {
   Peak<T> top;
   T total;  // sum_c exp(x_c - top.value)
+  T log_total;
 };
 
 template <class T>
@@ -125,7 +126,44 @@ SDFAST_CLONES Softmax<T> small_softmax(const T* x, int64_t n, T scale, T* out) {
     if (rest && last >= 0) vec::store(out + last, Lanes<T>(lanes[full] * factor));
     if (last < 0) vec::store_tail(out, Lanes<T>(lanes[full] * factor), rest);
   }
-  return {{top, index < n ? index : 0, vec::any<T>(unordered)}, sum};
+  return {{top, index < n ? index : 0, vec::any<T>(unordered)}, sum, std::log(sum)};
+}
+
+template <class T>
+inline constexpr int64_t kTinyRow = 4 * vec::kLanes<T>;
+
+// The softmax of up to kLanes rows of n <= kTinyRow columns, a row a lane, so that no reduction crosses lanes: scale[r]
+// p_rc goes to `out` unless that is null. A row's bits do not depend on its lane, nor on the other lanes.
+template <class T>
+SDFAST_CLONES void tiny_softmax(const T* x, int64_t row_stride, int rows, int n, const T* scale, T* out,
+                                Softmax<T>* softmax) {
+  constexpr int kWidth = vec::kLanes<T>;
+  const T* from[kWidth];
+  for (int r = 0; r < kWidth; ++r) from[r] = x + (r < rows ? r : rows - 1) * row_stride;
+  Lanes<T> lanes[kTinyRow<T>];
+  Lanes<T> high = broadcast(-std::numeric_limits<T>::infinity());
+  Mask<T> at = {}, unordered = {};
+  for (int c = 0; c < n; ++c) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kWidth; ++r) lanes[c][r] = from[r][c];
+    at = lanes[c] > high ? Mask<T>{} + c : at;
+    high = lanes[c] > high ? lanes[c] : high;
+    unordered |= lanes[c] != lanes[c];
+  }
+  Lanes<T> total = {};
+  for (int c = 0; c < n; ++c) {
+    lanes[c] = vec::exp_nonpositive(lanes[c] - high);
+    total += lanes[c];
+  }
+  const Lanes<T> log_total = vec::log_or_zero(total);
+  for (int r = 0; r < rows; ++r)
+    softmax[r] = {{high[r], static_cast<int64_t>(at[r]), unordered[r] != 0}, total[r], log_total[r]};
+  if (!out) return;
+  const Lanes<T> factor = vec::load(scale) / total;
+  T scaled[kTinyRow<T>][kWidth];
+  for (int c = 0; c < n; ++c) vec::store(scaled[c], Lanes<T>(lanes[c] * factor));
+  for (int r = 0; r < rows; ++r)
+    for (int c = 0; c < n; ++c) out[r * n + c] = scaled[c][r];
 }
 
 // out_c = out_c scale - uniform w_c (w = 1 where null)

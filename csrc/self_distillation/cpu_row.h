@@ -25,6 +25,7 @@ struct Problem {
 
   int64_t label(int64_t i) const { return labels ? labels[i * label_stride] : -1; }
   bool kept(int64_t i) const { return !labels || labels[i * label_stride] != ignore_index; }
+  T weight_of(int64_t i) const { return row_weight ? row_weight[i] : T(1); }
   T alpha_of(int64_t i) const { return alpha ? alpha[i * alpha_stride] : shared_alpha; }
   bool one_column_signs() const { return classes == 1 && soft_labels; }  // +-1 labels of a one-column regression
 };
@@ -95,6 +96,7 @@ struct Row {
   T* const gradient;
   Peak<T> top;  // of the logits, once found
   bool top_found;
+  const Softmax<T>* given = nullptr;  // where `tiny_rows` made it, the gradient up to its two corrections included
   RowResult<T> result;
 
   Row(const Problem<T>& problem, Scratch<T>& scratch, bool split_columns, int64_t i, const Peak<T>* known, T factor,
@@ -140,16 +142,17 @@ struct Row {
     const bool bare = !w && mix.uniform == 0;  // then the gradient's scale is known before the softmax
     const bool small = bare && columns.count <= kSmallRow<T>;
     T mass = mix.label + mix.source;
-    T total;
+    T total, log_total;
     if (small) {
-      const Softmax<T> softmax = small_softmax(x, columns.count, factor * mass, gradient);
+      const Softmax<T> softmax = given ? *given : small_row(factor * mass);
       top = softmax.top;
       total = softmax.total;
+      log_total = softmax.log_total;
     } else {
       total = exp_sum_of(x, columns, find_top().value, T(1), gradient);
+      log_total = std::log(total);
     }
     if (source < 0) source = top.index;
-    const T log_total = std::log(total);
     const auto negative_log = [&](int64_t c) { return log_total - (x[c] - top.value); };
     const T at_label = mix.label * weight(label), at_source = mix.source * weight(source);
     if (at_label != 0) result.loss += at_label * negative_log(label);
@@ -176,6 +179,14 @@ struct Row {
     }
     gradient[label] -= factor * at_label;
     gradient[source] -= factor * at_source;
+  }
+
+  Softmax<T> small_row(T scale) const {
+    if (columns.count > kTinyRow<T>) return small_softmax(x, columns.count, scale, gradient);
+    T scales[vec::kLanes<T>] = {scale};
+    Softmax<T> softmax;
+    tiny_softmax(x, 0, 1, static_cast<int>(columns.count), scales, gradient, &softmax);
+    return softmax;
   }
 
   T negative_log_sum_of(T log_total) const {
@@ -308,21 +319,61 @@ struct Row {
   }
 };
 
-// `known` is the row's peak where an earlier pass found it, else null.
+// A row by itself. `known` is its peak where an earlier pass found it, else null.
 template <class T>
 RowResult<T> run_row(const Problem<T>& problem, Scratch<T>& scratch, bool split_columns, int64_t i,
-                     const Peak<T>* known, T factor, const OutputRows& out) {
+                     const Peak<T>* known, T factor, const OutputRows& out, const Softmax<T>* given = nullptr) {
   T* const direct = out ? out.template direct<T>(i) : nullptr;
   T* const gradient = out && !direct ? scratch.row(Scratch<T>::kGradient) : direct;
   RowResult<T> result;
   if (problem.kept(i)) {
     Row<T> row(problem, scratch, split_columns, i, known, factor, gradient);
+    row.given = given;
     result = row.run();
   } else if (gradient) {
     std::fill_n(gradient, problem.classes, T(0));
   }
   if (gradient && !direct) out.write(i, gradient);
   return result;
+}
+
+// Whether every row is bare, tiny and read and written in place, so that rows can share vectors.
+template <class T>
+bool rows_are_tiny(const Problem<T>& problem, const OutputRows& out) {
+  const bool one_hot =
+      (problem.label_fn == kHardmax && !problem.source) || (!problem.alpha && problem.shared_alpha == 1);
+  return problem.classes <= kTinyRow<T> && problem.labels && one_hot && !problem.class_weight &&
+         problem.label_smoothing == 0 && (problem.loss == kCrossEntropy || problem.loss == kKl) &&
+         problem.logits.template direct<T>() && (!out || out.template direct<T>(0));
+}
+
+// Rows [begin, end): factor_of(i) scales row i's gradient, and its result goes to results[i] unless that is null.
+template <class T, class Factor>
+void run_rows(const Problem<T>& problem, int64_t begin, int64_t end, bool split_columns, const Peak<T>* peaks,
+              const Factor& factor_of, const OutputRows& out, RowResult<T>* results) {
+  Scratch<T> scratch(problem.classes);
+  const bool tiny = rows_are_tiny(problem, out);
+  const int64_t step = tiny ? vec::kLanes<T> : 1;
+  for (int64_t first = begin; first < end; first += step) {
+    const int rows = static_cast<int>(std::min(step, end - first));
+    T factors[vec::kLanes<T>], scales[vec::kLanes<T>] = {};
+    Softmax<T> softmax[vec::kLanes<T>];
+    for (int r = 0; r < rows; ++r) {
+      factors[r] = factor_of(first + r);
+      const Mixture<T> mix = mixture(problem.alpha_of(first + r), T(0), int64_t{1});
+      scales[r] = factors[r] * (mix.label + mix.source);
+    }
+    if (tiny)
+      tiny_softmax(static_cast<const T*>(problem.logits.data) + first * problem.logits.row_stride,
+                   problem.logits.row_stride, rows, static_cast<int>(problem.classes), scales,
+                   out ? out.template direct<T>(first) : nullptr, softmax);
+    for (int r = 0; r < rows; ++r) {
+      const int64_t i = first + r;
+      const RowResult<T> result = run_row(problem, scratch, split_columns, i, peaks ? peaks + i : nullptr, factors[r],
+                                          out, tiny ? softmax + r : nullptr);
+      if (results) results[i] = result;
+    }
+  }
 }
 
 }  // namespace sdfast::self_distillation

@@ -34,7 +34,8 @@ struct Mixture {
 
 template <class T>
 SDFAST_HOST_DEVICE Mixture<T> mixture(T alpha, T label_smoothing, int64_t classes) {
-  return {alpha * (T(1) - label_smoothing), alpha * label_smoothing / T(classes), T(1) - alpha};
+  const T uniform = label_smoothing == T(0) ? T(0) : alpha * label_smoothing / T(classes);
+  return {alpha * (T(1) - label_smoothing), uniform, T(1) - alpha};
 }
 
 // 1 - alpha = clip(ratio * accuracy, 0, 1); an empty batch has accuracy 0 and learns from its labels alone.
