@@ -6,7 +6,7 @@ from torch import Tensor
 from sdfast import _checks, _dispatch
 from sdfast.ops.self_distillation import arguments
 from sdfast.ops.self_distillation.arguments import AdaptiveAlpha, ClipLabel, LossStats
-from sdfast.ops.self_distillation.op import LOSSES, REDUCTIONS, Description, SelfDistillation
+from sdfast.ops.self_distillation.op import LOSSES, REDUCTIONS, Description, self_distillation
 from sdfast.ops.self_distillation.reference import self_distillation_reference
 
 __all__ = ["AdaptiveAlpha", "ClipLabel", "LossStats", "self_distillation_loss"]
@@ -87,12 +87,12 @@ def self_distillation_loss(
     Reference:
         Dong, Hou, Lu, Zhang 2019, "Distillation ≈ Early Stopping?", Algorithm 1.
     """
-    _checks.check_logits(logits)
-    if labels_are_indices(labels, logits):  # the commonest call, without the full check
-        rows = labels
+    if indices_beside_rows(logits, labels):  # the commonest call, known good at a glance
+        flat, rows = logits, labels
     else:
+        _checks.check_logits(logits)
         rows = _checks.check_labels(logits, labels, loss == "mse")
-    flat = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
+        flat = logits.reshape(-1, logits.shape[-1])
     arguments.check_options(loss, reduction, ignore_index, label_smoothing, class_weight, rows)
     label_code, label_parameter = arguments.label_function(label_fn, temperature, loss)
     mix, alpha_value, adaptive = arguments.mixing(alpha, logits, flat, rows, loss, ignore_index)
@@ -117,7 +117,7 @@ def self_distillation_loss(
         arguments.check_values(rows, mix, flat, loss, ignore_index)
         value, state = self_distillation_reference(*rows_in, description)
     else:
-        out = SelfDistillation.apply(chosen, *rows_in, description, return_stats)
+        out = self_distillation(chosen, *rows_in, description, return_stats)
         value, state = out if return_stats else (out, None)
     if reduction == "none" and logits.dim() != 2:
         value = value.reshape(logits.shape[:-1])
@@ -127,13 +127,16 @@ def self_distillation_loss(
     return value, LossStats(mean_alpha, accuracy, target_entropy, agreement)
 
 
-def labels_are_indices(labels: Tensor, logits: Tensor) -> bool:
-    """Whether labels are (N,) int64 beside (N, C) logits, so that nothing about them needs converting."""
+def indices_beside_rows(logits: Tensor, labels: Tensor) -> bool:
+    """Whether these are floating (N, C) logits with (N,) int64 labels on one device: nothing needs converting."""
     return (
-        isinstance(labels, Tensor)
-        and labels.dtype == torch.int64
+        isinstance(logits, Tensor)
+        and isinstance(labels, Tensor)
+        and labels.dtype is torch.int64
+        and logits.dtype in _checks.FLOATING
         and labels.dim() == 1
         and logits.dim() == 2
-        and labels.shape[0] == logits.shape[0]
+        and labels.size(0) == logits.size(0)
+        and logits.size(1) > 0
         and labels.device == logits.device
     )
