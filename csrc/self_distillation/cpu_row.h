@@ -347,28 +347,48 @@ bool rows_are_tiny(const Problem<T>& problem, const OutputRows& out) {
          problem.logits.template direct<T>() && (!out || out.template direct<T>(0));
 }
 
+// What `Row::sparse` does after the softmax, for the commonest call: cross entropy alone, h the one-hot of the logits
+// or absent. Worth its lines at ten classes, where setting up a `Row` costs as much as its softmax.
+template <class T>
+T finish_tiny_row(const T* x, int64_t label, const Softmax<T>& softmax, const Mixture<T>& mix, T factor, T* gradient) {
+  T loss = 0;
+  if (mix.label != 0) loss += mix.label * (softmax.log_total - (x[label] - softmax.top.value));
+  if (mix.source != 0) loss += mix.source * softmax.log_total;
+  if (gradient) {
+    gradient[label] -= factor * mix.label;
+    if (mix.source != 0) gradient[softmax.top.index] -= factor * mix.source;
+  }
+  return softmax.top.nan ? std::numeric_limits<T>::quiet_NaN() : loss;
+}
+
 // Rows [begin, end): factor_of(i) scales row i's gradient, and its result goes to results[i] unless that is null.
 template <class T, class Factor>
 void run_rows(const Problem<T>& problem, int64_t begin, int64_t end, bool split_columns, const Peak<T>* peaks,
               const Factor& factor_of, const OutputRows& out, RowResult<T>* results) {
   Scratch<T> scratch(problem.classes);
   const bool tiny = rows_are_tiny(problem, out);
-  const int64_t step = tiny ? vec::kLanes<T> : 1;
+  const bool bare = tiny && problem.loss == kCrossEntropy && !problem.want_stats && results;
+  const int64_t step = tiny ? vec::kLanes<T> : 1, stride = problem.logits.row_stride;
   for (int64_t first = begin; first < end; first += step) {
     const int rows = static_cast<int>(std::min(step, end - first));
     T factors[vec::kLanes<T>], scales[vec::kLanes<T>] = {};
+    Mixture<T> mixes[vec::kLanes<T>];
     Softmax<T> softmax[vec::kLanes<T>];
     for (int r = 0; r < rows; ++r) {
       factors[r] = factor_of(first + r);
-      const Mixture<T> mix = mixture(problem.alpha_of(first + r), T(0), int64_t{1});
-      scales[r] = factors[r] * (mix.label + mix.source);
+      mixes[r] = mixture(problem.alpha_of(first + r), T(0), int64_t{1});
+      scales[r] = factors[r] * (mixes[r].label + mixes[r].source);
     }
-    if (tiny)
-      tiny_softmax(static_cast<const T*>(problem.logits.data) + first * problem.logits.row_stride,
-                   problem.logits.row_stride, rows, static_cast<int>(problem.classes), scales,
-                   out ? out.template direct<T>(first) : nullptr, softmax);
+    const T* x = static_cast<const T*>(problem.logits.data) + first * stride;
+    T* gradient = tiny && out ? out.template direct<T>(first) : nullptr;
+    if (tiny) tiny_softmax(x, stride, rows, static_cast<int>(problem.classes), scales, gradient, softmax);
     for (int r = 0; r < rows; ++r) {
       const int64_t i = first + r;
+      if (bare && problem.kept(i)) {
+        results[i] = {finish_tiny_row(x + r * stride, problem.label(i), softmax[r], mixes[r], factors[r],
+                                      gradient ? gradient + r * problem.classes : nullptr)};
+        continue;
+      }
       const RowResult<T> result = run_row(problem, scratch, split_columns, i, peaks ? peaks + i : nullptr, factors[r],
                                           out, tiny ? softmax + r : nullptr);
       if (results) results[i] = result;

@@ -86,8 +86,10 @@ def check_options(
     loss: str, reduction: str, ignore_index: int, label_smoothing: float, class_weight: Tensor | None, labels: Tensor
 ) -> None:
     """Refuses options that do not exist or do not go together; `labels` as `_checks.check_labels` returns them."""
-    _checks.check_option("loss", loss, LOSSES)
-    _checks.check_option("reduction", reduction, REDUCTIONS)
+    if type(loss) is not str or loss not in LOSSES:
+        _checks.check_option("loss", loss, LOSSES)
+    if type(reduction) is not str or reduction not in REDUCTIONS:
+        _checks.check_option("reduction", reduction, REDUCTIONS)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: got {label_smoothing!r}, wanted a number in [0, 1]")
     if class_weight is not None and loss not in ("cross_entropy", "kl"):
