@@ -166,6 +166,14 @@ SDFAST_CLONES void tiny_softmax(const T* x, int64_t row_stride, int rows, int n,
     for (int c = 0; c < n; ++c) out[r * n + c] = scaled[c][r];
 }
 
+// The softmax of up to kLanes rows of n <= kSmallRow columns.
+template <class T>
+void small_rows(const T* x, int64_t row_stride, int rows, int64_t n, const T* scale, T* out, Softmax<T>* softmax) {
+  if (n <= kTinyRow<T>) return tiny_softmax(x, row_stride, rows, static_cast<int>(n), scale, out, softmax);
+  for (int r = 0; r < rows; ++r)
+    softmax[r] = small_softmax(x + r * row_stride, n, scale[r], out ? out + r * n : nullptr);
+}
+
 // out_c = out_c scale - uniform w_c (w = 1 where null)
 template <class T>
 SDFAST_CLONES void scale_minus(T* out, int64_t n, T scale, T uniform, const T* w) {

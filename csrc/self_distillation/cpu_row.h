@@ -96,7 +96,7 @@ struct Row {
   T* const gradient;
   Peak<T> top;  // of the logits, once found
   bool top_found;
-  const Softmax<T>* given = nullptr;  // where `tiny_rows` made it, the gradient up to its two corrections included
+  const Softmax<T>* given = nullptr;  // where `run_rows` made it, the gradient up to its two corrections included
   RowResult<T> result;
 
   Row(const Problem<T>& problem, Scratch<T>& scratch, bool split_columns, int64_t i, const Peak<T>* known, T factor,
@@ -182,10 +182,9 @@ struct Row {
   }
 
   Softmax<T> small_row(T scale) const {
-    if (columns.count > kTinyRow<T>) return small_softmax(x, columns.count, scale, gradient);
     T scales[vec::kLanes<T>] = {scale};
     Softmax<T> softmax;
-    tiny_softmax(x, 0, 1, static_cast<int>(columns.count), scales, gradient, &softmax);
+    small_rows(x, int64_t{0}, 1, columns.count, scales, gradient, &softmax);
     return softmax;
   }
 
@@ -337,12 +336,12 @@ RowResult<T> run_row(const Problem<T>& problem, Scratch<T>& scratch, bool split_
   return result;
 }
 
-// Whether every row is bare, tiny and read and written in place, so that rows can share vectors.
+// Whether every row is bare, small, and read and written in place.
 template <class T>
-bool rows_are_tiny(const Problem<T>& problem, const OutputRows& out) {
+bool rows_are_small(const Problem<T>& problem, const OutputRows& out) {
   const bool one_hot =
       (problem.label_fn == kHardmax && !problem.source) || (!problem.alpha && problem.shared_alpha == 1);
-  return problem.classes <= kTinyRow<T> && problem.labels && one_hot && !problem.class_weight &&
+  return problem.classes <= kSmallRow<T> && problem.labels && one_hot && !problem.class_weight &&
          problem.label_smoothing == 0 && (problem.loss == kCrossEntropy || problem.loss == kKl) &&
          problem.logits.template direct<T>() && (!out || out.template direct<T>(0));
 }
@@ -350,7 +349,7 @@ bool rows_are_tiny(const Problem<T>& problem, const OutputRows& out) {
 // What `Row::sparse` does after the softmax, for the commonest call: cross entropy alone, h the one-hot of the logits
 // or absent. Worth its lines at ten classes, where setting up a `Row` costs as much as its softmax.
 template <class T>
-T finish_tiny_row(const T* x, int64_t label, const Softmax<T>& softmax, const Mixture<T>& mix, T factor, T* gradient) {
+T finish_small_row(const T* x, int64_t label, const Softmax<T>& softmax, const Mixture<T>& mix, T factor, T* gradient) {
   T loss = 0;
   if (mix.label != 0) loss += mix.label * (softmax.log_total - (x[label] - softmax.top.value));
   if (mix.source != 0) loss += mix.source * softmax.log_total;
@@ -366,9 +365,9 @@ template <class T, class Factor>
 void run_rows(const Problem<T>& problem, int64_t begin, int64_t end, bool split_columns, const Peak<T>* peaks,
               const Factor& factor_of, const OutputRows& out, RowResult<T>* results) {
   Scratch<T> scratch(problem.classes);
-  const bool tiny = rows_are_tiny(problem, out);
-  const bool bare = tiny && problem.loss == kCrossEntropy && !problem.want_stats && results;
-  const int64_t step = tiny ? vec::kLanes<T> : 1, stride = problem.logits.row_stride;
+  const bool small = rows_are_small(problem, out);
+  const bool bare = small && problem.loss == kCrossEntropy && !problem.want_stats && results;
+  const int64_t step = small ? vec::kLanes<T> : 1, stride = problem.logits.row_stride;
   for (int64_t first = begin; first < end; first += step) {
     const int rows = static_cast<int>(std::min(step, end - first));
     T factors[vec::kLanes<T>], scales[vec::kLanes<T>] = {};
@@ -380,17 +379,17 @@ void run_rows(const Problem<T>& problem, int64_t begin, int64_t end, bool split_
       scales[r] = factors[r] * (mixes[r].label + mixes[r].source);
     }
     const T* x = static_cast<const T*>(problem.logits.data) + first * stride;
-    T* gradient = tiny && out ? out.template direct<T>(first) : nullptr;
-    if (tiny) tiny_softmax(x, stride, rows, static_cast<int>(problem.classes), scales, gradient, softmax);
+    T* gradient = small && out ? out.template direct<T>(first) : nullptr;
+    if (small) small_rows(x, stride, rows, problem.classes, scales, gradient, softmax);
     for (int r = 0; r < rows; ++r) {
       const int64_t i = first + r;
       if (bare && problem.kept(i)) {
-        results[i] = {finish_tiny_row(x + r * stride, problem.label(i), softmax[r], mixes[r], factors[r],
-                                      gradient ? gradient + r * problem.classes : nullptr)};
+        results[i] = {finish_small_row(x + r * stride, problem.label(i), softmax[r], mixes[r], factors[r],
+                                       gradient ? gradient + r * problem.classes : nullptr)};
         continue;
       }
       const RowResult<T> result = run_row(problem, scratch, split_columns, i, peaks ? peaks + i : nullptr, factors[r],
-                                          out, tiny ? softmax + r : nullptr);
+                                          out, small ? softmax + r : nullptr);
       if (results) results[i] = result;
     }
   }
