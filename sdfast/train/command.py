@@ -13,7 +13,7 @@ from sdfast import _dispatch, _files, plots, report
 from sdfast.data import DATASETS, Batches, Dataset, NoisyLabels, flip_labels, load_dataset
 from sdfast.models import mlp
 from sdfast.ops.self_distillation import AdaptiveAlpha
-from sdfast.ops.self_distillation.op import LOSSES
+from sdfast.ops.self_distillation.description import LOSSES
 from sdfast.train.history import History, strict_number
 from sdfast.train.self_distiller import AMP_DTYPES, SelfDistiller
 
