@@ -35,7 +35,8 @@ struct Mixture {
 
 template <class T>
 SDFAST_HOST_DEVICE Mixture<T> mixture(T alpha, T label_smoothing, int64_t classes) {
-  const T uniform = label_smoothing == T(0) ? T(0) : alpha * label_smoothing / T(classes);
+  // Without a division where there is no smoothing, but NaN where alpha is.
+  const T uniform = alpha * (label_smoothing == T(0) ? T(0) : label_smoothing / T(classes));
   return {alpha * (T(1) - label_smoothing), uniform, T(1) - alpha};
 }
 
