@@ -1,6 +1,5 @@
 """Batches of tensors that stay on the device."""
 
-import hashlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sdfast import _checks
+from sdfast.data.fingerprint import content_hash
 
 __all__ = ["Batches"]
 
@@ -95,8 +95,4 @@ class Batches:
 
     def fingerprint(self) -> str:
         """A short hash of the tensors' contents, by which a checkpoint knows its data again."""
-        digest = hashlib.sha256()
-        for tensor in (self.inputs, self.labels):
-            digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()[:16]
+        return content_hash([self.inputs, self.labels])

@@ -12,12 +12,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
-from sdfast import _checks
+from sdfast import _checks, _dispatch
+from sdfast.data.batches import Batches
 from sdfast.nn import SelfDistillationLoss
 from sdfast.ops.self_distillation import AdaptiveAlpha, ClipLabel
 from sdfast.ops.self_distillation.reference import batch_accuracy
-from sdfast.train.checkpoint import Checkpoint, number_of_batches, training_settings
+from sdfast.train.checkpoint import Checkpoint
 from sdfast.train.history import EpochRecord, History
+from sdfast.train.settings import number_of_batches, training_settings
 
 __all__ = ["SelfDistiller"]
 
@@ -49,7 +51,8 @@ class SelfDistiller:
         scheduler: A torch scheduler of the learning rate.
         scheduler_step: After which the scheduler steps: ``"epoch"`` or ``"step"``.
         device: Where to train; ``None`` is where the model is.
-        amp: ``"bfloat16"`` or ``"float16"`` (with a GradScaler; on GPUs only) for automatic mixed precision.
+        amp: ``"bfloat16"`` or ``"float16"`` (with a GradScaler; on GPUs only) for automatic mixed precision, or that
+            torch.dtype.
         compile: Train and evaluate through ``torch.compile(model)``.
 
     Raises:
@@ -74,16 +77,13 @@ class SelfDistiller:
         scheduler: LRScheduler | None = None,
         scheduler_step: str = "epoch",
         device: torch.device | str | None = None,
-        amp: str | None = None,
+        amp: str | torch.dtype | None = None,
         compile: bool = False,
     ) -> None:
         _check_parts(model, optimizer, scheduler)
         _checks.check_option("scheduler_step", scheduler_step, ("epoch", "step"))
         self.device = _training_device(device, model)
-        if amp is not None:
-            _checks.check_option("amp", amp, AMP_DTYPES)
-            if amp == "float16" and self.device.type == "cpu":
-                raise NotImplementedError("amp: got 'float16' on the CPU, which has no use for it; use 'bfloat16'")
+        self.amp = _amp_name(amp, self.device)
         self.loss = SelfDistillationLoss(
             1.0 if callable(alpha) else alpha,
             label_fn=label_fn,
@@ -95,14 +95,15 @@ class SelfDistiller:
             return_stats=True,
             backend=backend,
         ).to(self.device)
+        if backend is not None:
+            _dispatch.choose(backend, self.device.type)  # refuses one that cannot serve the device, before any work
         self.alpha = alpha
         self.model = model.to(self.device)
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.scheduler_step = scheduler_step
-        self.amp = amp
         self.compile = compile
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "float16")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == "float16")
         self._forward = torch.compile(self.model) if compile else self.model
         # As they are now: a checkpoint compares them with those of the run it continues.
         self.settings = training_settings(self)
@@ -131,6 +132,7 @@ class SelfDistiller:
             checkpoint: A file written before the first epoch and after each. Where it exists the training continues
                 from it, and ends with bitwise the weights of an uninterrupted run on the same machine and thread count,
                 if the batches of an epoch depend on torch's, NumPy's and Python's random states and the epoch alone.
+                Other settings are refused; docs/training.md says what is compared, and what is not.
             progress: Show a progress bar on a terminal.
             clean_labels: (N, ...) true labels of all training rows, to measure against; the batches must carry indices.
             allow_nan: Go on when the training loss is not finite.
@@ -151,12 +153,13 @@ class SelfDistiller:
             _check_batches(name, batches)
         if clean_labels is not None:
             _checks.check_tensor("clean_labels", clean_labels)
+            _check_clean_rows(clean_labels, train)
             clean_labels = clean_labels.to(self.device)
         history, stopped, step = History(), False, 0
         saved = None
         if checkpoint is not None:
-            saved = Checkpoint(checkpoint, self, train, {"eval": eval is not None})
-            history, stopped, step = saved.start(epochs)
+            saved = Checkpoint(checkpoint, self, train, epochs, {"eval": eval is not None})
+            history, stopped, step = saved.start()
         was_training = self.model.training
         steps = number_of_batches(train)
         total = None if steps is None else steps * epochs
@@ -272,7 +275,25 @@ def _clean_rows(clean_labels: Tensor, indices: Tensor | None) -> Tensor:
             "clean_labels: the batches of train carry no indices to look them up by; use Batches(…, with_indices=True) "
             "or a data set of (inputs, label, index)"
         )
-    return clean_labels[indices]
+    try:
+        return clean_labels[indices]
+    except IndexError:  # on the CPU; a GPU would have to be asked in every step
+        first, last = int(indices.min()), int(indices.max())
+        raise ValueError(
+            f"clean_labels: has {len(clean_labels)} rows, but a batch carries indices {first} to {last}"
+        ) from None
+
+
+def _check_clean_rows(clean_labels: Tensor, train: Iterable) -> None:
+    """Refuses too few rows where the data say how many there are; indices of a subset may reach further."""
+    data = train.inputs if isinstance(train, Batches) else getattr(train, "dataset", None)
+    try:
+        rows = len(data) if isinstance(data, Sized) else 0
+    except TypeError:  # a stream
+        rows = 0
+    if clean_labels.dim() == 0 or len(clean_labels) < rows:
+        shape = _checks.shape_text(clean_labels)
+        raise ValueError(f"clean_labels: got shape {shape}, wanted a row for each of the {rows} of train")
 
 
 def _record(
@@ -330,6 +351,17 @@ def _check_batches(name: str, batches: object) -> None:
         raise ValueError(
             f"{name}: got an iterator, which is used up after one epoch; wanted a list, DataLoader or Batches"
         )
+
+
+def _amp_name(amp: str | torch.dtype | None, device: torch.device) -> str | None:
+    if amp is None:
+        return None
+    names = {dtype: name for name, dtype in AMP_DTYPES.items()}
+    name = names.get(amp, str(amp)) if isinstance(amp, torch.dtype) else amp
+    _checks.check_option("amp", name, AMP_DTYPES)
+    if name == "float16" and device.type == "cpu":
+        raise NotImplementedError("amp: got 'float16' on the CPU, which has no use for it; use 'bfloat16'")
+    return name
 
 
 def _training_device(device: torch.device | str | None, model: nn.Module) -> torch.device:

@@ -23,7 +23,10 @@ def test_columns_last_and_best():
     history = example()
     assert history["loss"] == [2.5, 1.0, 0.5]
     assert history["clean_accuracy"] == [None] * 3
-    assert history.last.epoch == 3
+    assert history.last.epoch == history[-1].epoch == 3
+    assert history[:2] == History(list(history)[:2])
+    with pytest.raises(IndexError):
+        history[3]
     assert history.best.epoch == 2  # the first of the best
     assert [record.epoch for record in history] == [1, 2, 3]
     assert repr(history) == "History(3 epochs, last: loss=0.5, accuracy=0.625, eval_accuracy=0.75)"
