@@ -121,7 +121,7 @@ def training_curves(history: "History", subtitle: str = "", eval_name: str = "ev
     name = "agreement: targets whose largest entry is the given label"
     targets.plot(epochs, agreement, color=GREY, linestyle="--", label=name, marker=marker)
     finite = [value for value in weight if math.isfinite(value)]
-    targets.set_ylim(min(-3, *finite), max(118, *finite))  # room for the legend, and for an α outside [0, 1]
+    targets.set_ylim(min([-3, *finite]), max([118, *finite]))  # room for the legend, and for an α outside [0, 1]
     targets.legend(frameon=False, fontsize=9, loc="upper right")
     return figure
 

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import warnings
 from pathlib import Path
@@ -109,7 +110,10 @@ def test_asymmetric_noise_reads_its_matrix(separator, capfd, tmp_path):
         (("train", "--alpha-ratio", -1), "--alpha-ratio: got -1.0, wanted a finite number >= 0"),
         (("train", "--temperature", 2), "--temperature: got 2.0, but only --label-fn softmax has one, not hardmax"),
         (("train", "--label-fn", "softmax", "--temperature", 0), "--temperature: got 0.0, wanted a finite number > 0"),
-        (("train", "--label-fn", "identity"), "--label-fn: identity gives no probabilities and goes with --loss mse only"),
+        (
+            ("train", "--label-fn", "identity"),
+            "--label-fn: identity gives no probabilities and goes with --loss mse only",
+        ),
         (("train", "--dataset", "mnist"), "argument --dataset: invalid choice: 'mnist'"),
         (("train", "--test-fraction", 1), "--test-fraction: got 1.0, wanted a number in (0, 1)"),
         (("train", "--test-fraction", 0.9999), "--test-fraction: got 0.9999, which leaves no row of 1797 for training"),
@@ -117,7 +121,10 @@ def test_asymmetric_noise_reads_its_matrix(separator, capfd, tmp_path):
         (("train", "--seed", -1), "--seed: got -1, wanted an integer in"),
         (("train", "--device", "abacus"), "--device: got 'abacus': "),
         (("train", "--amp", "float16"), "--amp: got 'float16' on the CPU"),
-        (("train", "--noise-kind", "asymmetric"), "--noise-transition: --noise-kind asymmetric wants a file with its matrix"),
+        (
+            ("train", "--noise-kind", "asymmetric"),
+            "--noise-transition: --noise-kind asymmetric wants a file with its matrix",
+        ),
         (
             ("train", "--noise", 0.1, "--noise-kind", "asymmetric", "--noise-transition", "no/such/file"),
             "--noise-transition: there is no file no/such/file",
@@ -241,7 +248,8 @@ def test_a_warning_is_one_line(capfd, monkeypatch):
 
 def test_the_trained_model_is_loaded_as_the_page_says(capfd, tmp_path, monkeypatch):
     page = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
-    lines = re.search(r"^model = .*\nmodel\.load_state_dict\(.*model\.pt.*$", page, re.M).group()
+    lines = re.search(r"^    model = .*\n    model\.load_state_dict\(.*model\.pt.*$", page, re.M).group()
+    lines = textwrap.dedent(lines)
     monkeypatch.chdir(tmp_path)
     folder = re.search(r'"([^"]+)/model\.pt"', lines).group(1)
     run(capfd, "train", "--epochs", 2, "--output", folder)

@@ -4,6 +4,7 @@ import os
 import pickle
 import random
 import struct
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,12 +22,15 @@ if TYPE_CHECKING:
 FORMAT = "sdfast training 2"
 
 # What a checkpoint file is made of.
-_CONTENTS = {"format", "settings", "functions", "history", "stopped", "step", "parts", "random", "generators"}
+_CONTENTS = {
+    "settings": dict, "functions": dict, "history": list, "stopped": bool, "step": int, "parts": dict, "random": dict,
+    "generators": list,
+}  # fmt: skip
 
 # All that unpacking a damaged file has been seen to raise.
 _UNREADABLE = (
     pickle.UnpicklingError, RuntimeError, EOFError, LookupError, struct.error, OSError, ValueError, TypeError,
-    AttributeError, MemoryError, OverflowError,
+    AttributeError, MemoryError, OverflowError, zipfile.BadZipFile,
 )  # fmt: skip
 
 
@@ -160,19 +164,25 @@ def read(path: Path) -> dict[str, Any]:
     try:
         # On the CPU: random states live there, and the parts move their own tensors.
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if torch.serialization.get_crc32_options():  # torch writes checksums, and does not look at them
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise zipfile.BadZipFile(damaged)
     except _UNREADABLE as error:
         raise _unreadable(path, error) from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"checkpoint: {path} is no checkpoint of SelfDistiller.fit in the format {FORMAT!r}")
-    missing = _CONTENTS - state.keys()
+    missing = [name for name, kind in _CONTENTS.items() if type(state.get(name)) is not kind]
     if missing:
-        raise ValueError(f"checkpoint: {path} is no readable checkpoint: it lacks {', '.join(sorted(missing))}")
+        raise ValueError(f"checkpoint: {path} is no readable checkpoint (it lacks {', '.join(missing)})")
     return state
 
 
 def _unreadable(path: Path, error: BaseException) -> ValueError:
-    reason = " ".join(str(error).split())[:200]
-    return ValueError(f"checkpoint: {path} is no readable checkpoint: {type(error).__name__}{reason and f': {reason}'}")
+    """Without torch's own words, which advise to load what the file cannot be trusted with."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
+    return ValueError(f"checkpoint: {path} is no readable checkpoint ({reason}); delete it to start anew")
 
 
 def _refuse_unsaveable(train: Iterable) -> None:

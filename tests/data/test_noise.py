@@ -148,3 +148,30 @@ def test_bad_input(changes, error, message):
         flip_labels(**{**GOOD, **changes})
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric", "pair"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_ignored_labels_stay_and_count_for_nothing(kind, exact):
+    labels = torch.arange(40_000).reshape(2, -1) % 5
+    holes = labels.clone()
+    holes[:, ::2] = -100
+    options = {"convention": "others"} if kind == "symmetric" else {}
+    options |= {"transition": CIRCLE} if kind == "asymmetric" else {}
+    noise = flip_labels(holes, 0.3, 5, kind, exact=exact, ignore_index=-100, generator=seeded(), **options)
+    assert (noise.labels[:, ::2] == -100).all()
+    assert not noise.flipped[:, ::2].any()
+    assert noise.realised_rate == pytest.approx(0.3, abs=0 if exact else 0.02)
+    assert int(noise.flipped.sum()) == noise.realised_rate * 20_000
+    wanted = flip_labels(labels[:, 1::2], 0.3, 5, kind, exact=exact, generator=seeded(), **options)
+    assert torch.equal(noise.labels[:, 1::2], wanted.labels)
+
+
+def test_labels_that_are_no_class_are_refused_with_the_way_out():
+    holes = torch.tensor([0, -100, 3])
+    with pytest.raises(ValueError, match=r"labels: got -100 to 3, wanted 0 <= label < 4; ignore_index= keeps one"):
+        flip_labels(holes, 0.3, 4)
+    with pytest.raises(ValueError, match=r"labels: got 0 to 3, wanted 0 <= label < 3$"):
+        flip_labels(holes, 0.3, 3, ignore_index=-100)
+    with pytest.raises(TypeError, match=r"ignore_index: got float, wanted an integer or None"):
+        flip_labels(holes, 0.3, 4, ignore_index=-100.0)

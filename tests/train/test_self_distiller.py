@@ -247,14 +247,13 @@ def test_binary_labels_of_one_output():
     assert history.last.eval_accuracy > 0.9
 
 
-def test_bfloat16_is_autocast():
+@pytest.mark.parametrize("amp", ["bfloat16", torch.bfloat16])
+def test_bfloat16_is_autocast(amp):
     seen = []
     model, optimizer = parts()
     model.register_forward_hook(lambda module, _, logits: seen.append(logits.dtype))
     inputs, _, clean = toy()
-    _, history = fit(
-        epochs=15, eval=[(inputs, clean)], model_and_optimizer=(model, optimizer), amp="bfloat16", alpha=0.6
-    )
+    _, history = fit(epochs=15, eval=[(inputs, clean)], model_and_optimizer=(model, optimizer), amp=amp, alpha=0.6)
     assert set(seen) == {torch.bfloat16}
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     assert history.last.eval_accuracy > 0.8
@@ -332,6 +331,9 @@ FOREIGN = torch.optim.lr_scheduler.StepLR(ADAM_OF_OTHERS, 1)
         ({"scheduler": PLATEAU}, NotImplementedError, "scheduler: ReduceLROnPlateau wants a figure at each step"),
         ({"scheduler_step": "batch"}, ValueError, "scheduler_step: got 'batch', wanted one of 'epoch', 'step'"),
         ({"amp": "int8"}, ValueError, "amp: got 'int8', wanted one of 'bfloat16', 'float16'"),
+        ({"amp": torch.int8}, ValueError, "amp: got 'torch.int8', wanted one of 'bfloat16', 'float16'"),
+        ({"amp": torch.float16}, NotImplementedError, "amp: got 'float16' on the CPU"),
+        ({"backend": "cuda"}, NotImplementedError, "backend='cuda': "),
         ({"amp": "float16"}, NotImplementedError, "amp: got 'float16' on the CPU"),
         ({"device": "gpu"}, ValueError, "device: got 'gpu': "),
         ({"alpha": -0.1}, ValueError, "alpha: got -0.1, wanted within [0, 1]"),
@@ -424,3 +426,19 @@ def test_no_step_on_a_gpu_waits_for_it(amp):
     inputs, labels, clean = toy()
     train = Batches(inputs, labels, 16, device="cuda", with_indices=True)
     fit(Watched(train), 2, clean_labels=clean, alpha=sdfast.AdaptiveAlpha(1.0), device="cuda", amp=amp)
+
+
+@pytest.mark.parametrize("loader", ["batches", "dataloader", "list"])
+def test_too_few_clean_labels_are_named(loader):
+    inputs, labels, clean = toy()
+    rows = torch.arange(ROWS)
+    train = {
+        "batches": Batches(inputs, labels, 16, with_indices=True),
+        "dataloader": DataLoader(TensorDataset(inputs, labels, rows), 16),
+        "list": [(inputs, labels, rows)],
+    }[loader]
+    message = (
+        "has 80 rows, but a batch carries indices 0 to 89" if loader == "list" else r"got shape \(80,\), wanted a row"
+    )
+    with pytest.raises(ValueError, match=f"clean_labels: {message}"):
+        fit(train, clean_labels=clean[:80])
