@@ -115,13 +115,13 @@ def training_curves(history: "History", subtitle: str = "", eval_name: str = "ev
         if not all(map(math.isnan, values)):
             accuracy.plot(epochs, values, color=color, label=name, marker=marker)
     accuracy.legend(frameon=False, fontsize=9)
-    _style(targets, "How far the targets follow the given labels (%)")
-    weight, agreement = ([100 * value for value in history[column]] for column in ("alpha", "agreement"))
+    _style(targets, "How far the targets follow the given labels")
+    weight = history["alpha"]
     targets.plot(epochs, weight, color=VERMILLION, label="alpha: mean weight of the given label", marker=marker)
-    name = "agreement: targets whose largest entry is the given label"
-    targets.plot(epochs, agreement, color=GREY, linestyle="--", label=name, marker=marker)
+    name = "agreement: targets led by the given label"
+    targets.plot(epochs, history["agreement"], color=GREY, linestyle="--", label=name, marker=marker)
     finite = [value for value in weight if math.isfinite(value)]
-    targets.set_ylim(min([-3, *finite]), max([118, *finite]))  # room for the legend, and for an α outside [0, 1]
+    targets.set_ylim(min([-0.03, *finite]), max([1.2, *finite]))  # room for the legend, and for an α outside [0, 1]
     targets.legend(frameon=False, fontsize=9, loc="upper right")
     return figure
 

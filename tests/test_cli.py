@@ -117,7 +117,7 @@ def test_asymmetric_noise_reads_its_matrix(separator, capfd, tmp_path):
         (("train", "--dataset", "mnist"), "argument --dataset: invalid choice: 'mnist'"),
         (("train", "--test-fraction", 1), "--test-fraction: got 1.0, wanted a number in (0, 1)"),
         (("train", "--test-fraction", 0.9999), "--test-fraction: got 0.9999, which leaves no row of 1797 for training"),
-        (("train", "--backend", "cuda"), "--backend='cuda': "),
+        (("train", "--backend", "cuda"), "--backend cuda: serves CUDA tensors, not cpu"),
         (("train", "--seed", -1), "--seed: got -1, wanted an integer in"),
         (("train", "--device", "abacus"), "--device: got 'abacus': "),
         (("train", "--amp", "float16"), "--amp: got 'float16' on the CPU"),

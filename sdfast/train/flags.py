@@ -119,6 +119,7 @@ def named_as_flags() -> Iterator[None]:
     except (ValueError, NotImplementedError) as error:
         name, rest = re.match(r"(\w*)(.*)", str(error), re.DOTALL).groups()  # type: ignore[union-attr]
         known = name in _FLAGS or name in ("backend", "device", "amp", "seed", "test_fraction", "alpha", "temperature")
+        rest = re.sub(r"^='(\w+)'", r" \1", rest)  # backend='cuda': as it is typed
         raise type(error)(f"{flag(name)}{rest}" if known else str(error)) from None
 
 
