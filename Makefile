@@ -58,7 +58,7 @@ NVCC ?= nvcc
 CUDA_ARCHS ?= 80 90 100
 cuda-compile: $(INSTALLED)
 	mkdir -p build/cuda
-	for file in csrc/*/*.cu; do for arch in $(CUDA_ARCHS); do \
+	@for file in csrc/*/*.cu; do for arch in $(CUDA_ARCHS); do \
 		echo "$$file sm_$$arch"; \
 		$(NVCC) -c $$file -o build/cuda/$$(basename $$(dirname $$file)).$$arch.o -gencode arch=compute_$$arch,code=sm_$$arch \
 			-O3 -std=c++17 --expt-relaxed-constexpr -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000 \

@@ -71,6 +71,8 @@ def limit_jobs(gigabytes_per_job: float) -> None:
 
 def native_libraries() -> dict:
     """The arguments of `setup` that build the native libraries."""
+    if not {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"} & set(sys.argv):
+        return {}  # a source distribution or its metadata: needs no torch
     if os.environ.get("SDFAST_NATIVE") == "0":
         print("sdfast: pure Python (SDFAST_NATIVE=0)")
         return {}

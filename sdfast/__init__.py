@@ -1,4 +1,4 @@
-"""Learning from a model's own predictions: fused losses, empirical NTKs, and the theory of self-distillation."""
+"""Learning from a model's own predictions: fused self-distillation losses, and training on noisy labels."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from sdfast import train as train
     from sdfast.ops.self_distillation import AdaptiveAlpha, ClipLabel, LossStats, self_distillation_loss
 
-__all__ = ["AdaptiveAlpha", "ClipLabel", "LossStats", "data", "nn", "self_distillation_loss", "train"]
+__all__ = ["AdaptiveAlpha", "ClipLabel", "LossStats", "data", "models", "nn", "self_distillation_loss", "train"]
 
 _MODULES = ("data", "models", "nn", "train")
 
 
-# Loaded at first use: `sdfast.hilbert` must import where there is no torch.
+# Loaded at first use, torch with them: what needs no torch must import without it.
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return import_module(f"sdfast.{name}")
@@ -29,4 +29,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, "__version__"])

@@ -1,10 +1,17 @@
 """Argument errors: one line that names the argument, what came and what is wanted."""
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGRAL = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is a real number, NumPy's scalars included."""
+    return type(value) in (float, int) or isinstance(value, Real)
 
 
 def dtype_name(tensor: Tensor) -> str:
@@ -72,6 +79,8 @@ def check_labels(logits: Tensor, labels: Tensor, regression: bool) -> Tensor:
     classes = logits.shape[-1]
     leading = logits.shape[:-1]
     if labels.dtype in INTEGRAL:
+        if regression and classes == 1:
+            raise TypeError(f"labels: got {dtype_name(labels)}, wanted floats: one column of logits has no classes")
         if labels.shape == leading:
             return labels.reshape(-1).to(torch.int64)
     elif labels.dtype in FLOATING:

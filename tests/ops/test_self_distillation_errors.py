@@ -92,6 +92,11 @@ BAD_CALLS = {
         lambda: sd(X, Y.to("meta"), 0.5), ValueError, "labels: is on meta, wanted cpu"),
     "source on another device": (
         lambda: sd(X, Y, 0.5, source=X.to("meta")), ValueError, "source: is on meta"),
+    "ignore_index None": (lambda: sd(X, Y, 0.5, ignore_index=None), TypeError, "ignore_index: got NoneType"),
+    "smoothing a string": (lambda: sd(X, Y, 0.5, label_smoothing="a"), ValueError, "label_smoothing: got 'a'"),
+    "integer labels of one column": (
+        lambda: sd(X[:, :1], Y - 1, 0.5, loss="mse", label_fn=ClipLabel(0.1)), TypeError,
+        "wanted floats: one column of logits has no classes"),
     "negative ratio": (lambda: AdaptiveAlpha(-1.0), ValueError, "ratio: got -1.0"),
     "ratio no number": (lambda: AdaptiveAlpha("1"), ValueError, "ratio: got '1'"),
     "group without sync": (lambda: AdaptiveAlpha(1.0, group=object()), ValueError, "group: given without sync=True"),
@@ -128,6 +133,13 @@ def test_compiled_code_raises_too():
     compiled = torch.compile(lambda x, y: sd(x, y, 0.5), fullgraph=True, backend="aot_eager")
     with pytest.raises((IndexError, RuntimeError), match="labels: row 1 is 3"):
         compiled(X, Y + 2)
+
+
+def test_numpy_scalars_are_numbers():
+    import numpy as np
+
+    given = sd(X, Y, np.float32(0.5), label_fn="softmax", temperature=np.float64(0.5), label_smoothing=np.float32(0.25))
+    assert given == sd(X, Y, 0.5, label_fn="softmax", temperature=0.5, label_smoothing=0.25)
 
 
 def test_public_names():

@@ -49,15 +49,15 @@ def self_distillation_loss(
 
     Args:
         logits: (..., C) of float32, float64, bfloat16 or float16, classes last. Halves accumulate in float32.
-        labels: (...) class indices, or (..., C) probabilities; for mse also any real (..., C) targets, or (...) floats
-            where C = 1.
+        labels: (...) class indices, or (..., C) probabilities, taken as they are, as in torch; for mse also any real
+            (..., C) targets, or (...) floats where C = 1.
         alpha: Weight of the given label: a float, a 0-d or a (...) tensor, or `AdaptiveAlpha`. Within [0, 1], but any
             number with mse, where the theory of optimal mixing wants it. A tensor on a GPU is not checked.
         source: (..., C) logits to learn from instead of the model's own: a teacher's, or those of an earlier epoch.
-            Always detached.
+            Always detached. Probabilities p are the logits ``p.log()`` of a softmax at temperature 1.
         label_fn: h, what becomes of the source. ``"hardmax"``: one-hot at its largest entry (the first, on ties).
             ``"softmax"``: softmax(s / temperature). ``"identity"`` and `ClipLabel` go with mse only.
-        temperature: Of the softmax; positive.
+        temperature: Of the source's softmax; positive. The model's own softmax has none, and no T² factor is applied.
         loss: ``"cross_entropy"``, ``"kl"``, ``"mse"`` or ``"brier"``.
         ignore_index: Rows with this index label count for nothing.
         label_smoothing: Of y, before mixing: (1 − s) y + s / C.
@@ -137,6 +137,6 @@ def indices_beside_rows(logits: Tensor, labels: Tensor) -> bool:
         and labels.dim() == 1
         and logits.dim() == 2
         and labels.size(0) == logits.size(0)
-        and logits.size(1) > 0
+        and logits.size(1) > 1
         and labels.device == logits.device
     )

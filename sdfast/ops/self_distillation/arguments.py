@@ -36,7 +36,7 @@ class AdaptiveAlpha:
     group: Any
 
     def __init__(self, ratio: float, *, sync: bool = False, group: Any = None) -> None:
-        if not isinstance(ratio, int | float) or not 0 <= ratio < math.inf:
+        if not _checks.is_number(ratio) or not 0 <= ratio < math.inf:
             raise ValueError(f"ratio: got {ratio!r}, wanted a finite number >= 0")
         if group is not None and not sync:
             raise ValueError("group: given without sync=True, which alone uses it")
@@ -62,7 +62,7 @@ class ClipLabel:
     rho: float
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rho, int | float) or not 0 <= self.rho < 0.5:
+        if not _checks.is_number(self.rho) or not 0 <= self.rho < 0.5:
             raise ValueError(f"rho: got {self.rho!r}, wanted a number in [0, 0.5)")
 
 
@@ -90,7 +90,9 @@ def check_options(
         _checks.check_option("loss", loss, LOSSES)
     if type(reduction) is not str or reduction not in REDUCTIONS:
         _checks.check_option("reduction", reduction, REDUCTIONS)
-    if not 0 <= label_smoothing <= 1:
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: got {type(ignore_index).__name__}, wanted an integer")
+    if not _checks.is_number(label_smoothing) or not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: got {label_smoothing!r}, wanted a number in [0, 1]")
     if class_weight is not None and loss not in ("cross_entropy", "kl"):
         raise ValueError(f"class_weight: goes with loss='cross_entropy' or 'kl' only, got loss={loss!r}")
@@ -112,7 +114,7 @@ def label_function(label_fn: str | ClipLabel, temperature: float, loss: str) -> 
         raise ValueError(f"label_fn: got {label_fn!r}, wanted {wanted}")
     if loss != "mse" and code >= LABEL_FUNCTIONS["identity"]:
         raise ValueError(f"label_fn: {label_fn!r} gives no probabilities, goes with loss='mse' only, got loss={loss!r}")
-    if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
+    if not _checks.is_number(temperature) or not 0 < temperature < math.inf:
         raise ValueError(f"temperature: got {temperature!r}, wanted a finite number > 0")
     if temperature != 1 and label_fn != "softmax":
         raise ValueError(f"temperature: got {temperature!r}, but only label_fn='softmax' has one, not {label_fn!r}")
@@ -134,7 +136,7 @@ def mixing(
     if torch.compiler.is_compiling():
         # A number in the graph is a new graph per number; as a tensor it is an input. Its value cannot be checked here.
         return logits.new_ones((), dtype=accumulation_dtype(logits.dtype)) * alpha, 1.0, False
-    if not isinstance(alpha, int | float):
+    if not _checks.is_number(alpha):
         raise TypeError(f"alpha: got {type(alpha).__name__}, wanted a number, a tensor or sdfast.AdaptiveAlpha")
     if not 0 <= alpha <= 1:
         if not math.isfinite(alpha):

@@ -131,8 +131,10 @@ class SelfDistillation(torch.autograd.Function):
     def forward(ctx, backend, logits, labels, alpha, source, class_weight, row_weight, description, want_stats):
         """Computes the loss, and the gradient too where it is wanted and reduced."""
         wanted = ctx.needs_input_grad[1]
-        # Compiled code cannot look at the upstream gradient, and folds it in by computing the gradient in the backward.
-        now = wanted and description.reduction != REDUCTIONS["none"] and not torch.compiler.is_compiling()
+        # Compiled code cannot look at the upstream gradient. A GPU folds it in by computing the gradient in the
+        # backward, which moves fewer bytes than a pass to scale it; a CPU is bound by the exponentials, and scales.
+        now = wanted and description.reduction != REDUCTIONS["none"]
+        now = now and (backend == "cpu" or not torch.compiler.is_compiling())
         value, gradient, state = _OPERATIONS[backend].forward(
             logits, labels, alpha, source, class_weight, row_weight, *description, now, want_stats
         )
@@ -163,7 +165,8 @@ class SelfDistillation(torch.autograd.Function):
         saved = ctx.saved_tensors  # read once: activation checkpointing unpacks them only once
         if len(saved) == 1:
             # A copy where it must be scaled: another backward may follow.
-            gradient = saved[0] if upstream.item() == 1 else saved[0] * upstream.to(saved[0].dtype)
+            plain = not torch.compiler.is_compiling() and upstream.item() == 1
+            gradient = saved[0] if plain else saved[0] * upstream.to(saved[0].dtype)
         elif ctx.gradient is not None:
             gradient, ctx.gradient = ctx.gradient, None
             _OPERATIONS[ctx.backend].scale_in_place(gradient, upstream)
