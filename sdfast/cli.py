@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except (ValueError, NotImplementedError) as error:
         return _report(name, error, 2)
-    except (OSError, FloatingPointError) as error:
+    except (OSError, FloatingPointError, RuntimeError, MemoryError) as error:
         return _report(name, error, 1)
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import signal
 import subprocess
@@ -102,6 +103,12 @@ def test_asymmetric_noise_reads_its_matrix(separator, capfd, tmp_path):
         (("train", "--batch-size", -3), "--batch-size: got -3, wanted at least 1"),
         (("train", "--noise", 1.5), "--noise: got 1.5, wanted within [0, 1]"),
         (("train", "--noise", "nan"), "--noise: got nan, wanted within [0, 1]"),
+        (("train", "--lr", 1e308), "--lr: got 1e+308, wanted at most 3.4e+38, the largest float32"),
+        (("train", "--weight-decay", 1e40), "--weight-decay: got 1e+40, wanted at most 3.4e+38"),
+        (("train", "--loss", "mse", "--alpha", 1e308), "--alpha: got 1e+308, wanted at most 3.4e+38"),
+        (("train", "--hidden", 10**20), "--hidden: got 100000000000000000000, wanted widths of at most 65536"),
+        (("train", "--device", "meta"), "--device: got 'meta', which torch cannot compute on here"),
+        (("demo", "--picture", "no/such/folder.png"), "--picture: there is no folder no/such"),
         (("train", "--lr", -1), "--lr: got -1.0, wanted a finite number >= 0"),
         (("train", "--weight-decay", "inf"), "--weight-decay: got inf, wanted a finite number >= 0"),
         (("train", "--hidden", 0), "--hidden: got [0], wanted widths of at least 1"),
@@ -119,7 +126,7 @@ def test_asymmetric_noise_reads_its_matrix(separator, capfd, tmp_path):
         (("train", "--test-fraction", 0.9999), "--test-fraction: got 0.9999, which leaves no row of 1797 for training"),
         (("train", "--backend", "cuda"), "--backend cuda: serves CUDA tensors, not cpu"),
         (("train", "--seed", -1), "--seed: got -1, wanted an integer in"),
-        (("train", "--device", "abacus"), "--device: got 'abacus': "),
+        (("train", "--device", "abacus"), "--device: got 'abacus', which torch cannot compute on here"),
         (("train", "--amp", "float16"), "--amp: got 'float16' on the CPU"),
         (
             ("train", "--noise-kind", "asymmetric"),
@@ -267,6 +274,34 @@ def test_a_matrix_of_words_is_refused(capfd, tmp_path):
     assert code == 2
     assert err.startswith("sdfast train: error: --noise-transition: ")
     assert err.count("\n") == 1
+
+
+def test_an_empty_matrix_is_refused(capfd, tmp_path):
+    (tmp_path / "matrix").write_text("\n")
+    words = ("--noise-kind", "asymmetric", "--noise-transition", tmp_path / "matrix")
+    code, _, err = train(capfd, tmp_path / "run", *words)
+    assert (code, err) == (2, f"sdfast train: error: --noise-transition: {tmp_path / 'matrix'}: is empty\n")
+
+
+def test_a_second_run_in_the_same_folder_is_refused(capfd, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / "run").mkdir()
+    held = os.open(tmp_path / "run", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    code, _, err = train(capfd, tmp_path / "run")
+    os.close(held)
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"--output: another sdfast train is at work in {tmp_path / 'run'}" in err
+    assert train(capfd, tmp_path / "run")[0] == 0
+
+
+def test_an_error_of_torch_in_training_is_one_line(capfd, tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("out of\nmemory")
+
+    monkeypatch.setattr("sdfast.train.self_distiller.SelfDistiller.fit", fail)
+    code, _, err = train(capfd, tmp_path / "run")
+    assert (code, err) == (1, "sdfast train: error: out of memory\n")
 
 
 def test_an_output_that_is_a_file_is_refused(capfd, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdfast import _checks
+from sdfast import _checks, _devices
 from sdfast.data.fingerprint import content_hash
 
 __all__ = ["Batches"]
@@ -56,7 +56,7 @@ class Batches:
             raise ValueError(f"inputs: {len(inputs)} rows make no batch of {batch_size} (drop_last={drop_last})")
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise ValueError(f"seed: got {seed!r}, wanted an integer >= 0")
-        place = inputs.device if device is None else torch.device(device)
+        place = inputs.device if device is None else _devices.usable(device)
         self.inputs = inputs.to(place)
         self.labels = labels.to(place)
         self.batch_size = batch_size

@@ -50,6 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
     reason = plots.why_not()
     if reason is not None and arguments.picture is not None:
         raise ValueError(f"--picture: {reason}")
+    if arguments.picture is not None and not arguments.picture.parent.is_dir():
+        raise ValueError(f"--picture: there is no folder {arguments.picture.parent}")
     arguments.output.mkdir(parents=True, exist_ok=True)
     results = run_demo(arguments.seeds, arguments.epochs, progress=not arguments.no_progress)
     _files.write_text(arguments.output / "results.json", json.dumps(results, indent=1) + "\n")

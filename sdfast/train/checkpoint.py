@@ -14,7 +14,7 @@ import torch
 
 from sdfast import _files
 from sdfast.train.history import History
-from sdfast.train.settings import data_settings, function_values, functions, number_of_batches, value_at, within
+from sdfast.train.settings import data_settings, function_values, functions, number_of_batches, plain, value_at, within
 
 if TYPE_CHECKING:
     from sdfast.train.self_distiller import SelfDistiller
@@ -92,8 +92,11 @@ class Checkpoint:
             )
         if len(history) > self.epochs:
             raise ValueError(f"epochs: got {self.epochs}, but the checkpoint {self.path} has {len(history)} behind it")
+        parts = self._parts()
+        if parts.keys() != state["parts"].keys() or len(_generators(self.train)) != len(state["generators"]):
+            raise ValueError(f"checkpoint: {self.path} is no readable checkpoint (its parts are not this training's)")
         try:
-            for name, part in self._parts().items():
+            for name, part in parts.items():
                 part.load_state_dict(state["parts"][name])
             _set_random_states(state["random"])
             for generator, saved in zip(_generators(self.train), state["generators"], strict=True):
@@ -111,11 +114,16 @@ class Checkpoint:
             "history": history.to_dicts(),
             "stopped": stopped,
             "step": step,
-            "parts": {name: part.state_dict() for name, part in self._parts().items()},
+            "parts": {name: plain(part.state_dict()) for name, part in self._parts().items()},
             "random": _random_states(self.distiller.device),
             "generators": [generator.get_state() for generator in _generators(self.train)],
         }
-        _files.write_atomically(self.path, lambda file: torch.save(state, file))
+        try:
+            _files.write_atomically(self.path, lambda file: torch.save(state, file))
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise NotImplementedError(f"checkpoint: the training's state cannot be saved: {error}") from error
+        except RuntimeError as error:
+            raise _cause(error) from None
 
     def _parts(self) -> dict[str, Any]:
         distiller = self.distiller
@@ -128,6 +136,14 @@ class Checkpoint:
 
     def _begin(self) -> tuple[History, bool, int]:
         self.save(History(), False, 0)
+        try:
+            read(self.path)  # rather now than after a day of training
+        except ValueError:
+            self.path.unlink()
+            raise NotImplementedError(
+                "checkpoint: the state_dict of model, optimizer, scheduler or loader holds what cannot be read back "
+                "safely, wanted tensors, numbers, strings, lists and dictionaries"
+            ) from None
         return History(), False, 0
 
     def _differences(self, state: dict) -> list[str]:
@@ -169,6 +185,8 @@ def read(path: Path) -> dict[str, Any]:
                 damaged = archive.testzip()
             if damaged is not None:
                 raise zipfile.BadZipFile(damaged)
+    except PermissionError:
+        raise  # says it all
     except _UNREADABLE as error:
         raise _unreadable(path, error) from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -177,6 +195,14 @@ def read(path: Path) -> dict[str, Any]:
     if missing:
         raise ValueError(f"checkpoint: {path} is no readable checkpoint (it lacks {', '.join(missing)})")
     return state
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What the file system said, where torch's writer stopped with an error of its own on top of it."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return cause or error
 
 
 def _unreadable(path: Path, error: BaseException) -> ValueError:

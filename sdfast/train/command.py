@@ -2,8 +2,11 @@
 
 import argparse
 import json
+import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,11 @@ from sdfast.train.checkpoint import read
 from sdfast.train.flags import SETTINGS, check_arguments, describe, named_as_flags, settings_of, take_settings
 from sdfast.train.history import History, strict_number
 from sdfast.train.self_distiller import AMP_DTYPES, SelfDistiller
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # not POSIX
+    fcntl = None  # type: ignore[assignment]
 
 LABEL_FUNCTIONS = ("hardmax", "softmax", "identity")
 
@@ -112,6 +120,28 @@ def run(arguments: argparse.Namespace) -> int:
         noise = _noisy_labels(arguments, data)
         distiller = _distiller(arguments, data)
     arguments.output.mkdir(parents=True, exist_ok=True)
+    with _locked(arguments.output):
+        return _run(arguments, data, noise, distiller)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds a folder against a second run in it, where the system has such locks; a run that dies lets go of it."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--output: another sdfast train is at work in {folder}") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _run(arguments: argparse.Namespace, data: Dataset, noise: NoisyLabels, distiller: SelfDistiller) -> int:
     settings = settings_of(arguments)
     _files.write_text(arguments.output / SETTINGS, json.dumps(settings, indent=1) + "\n")
     _say_if_no_op(arguments)
@@ -165,7 +195,11 @@ def _noisy_labels(arguments: argparse.Namespace, data: Dataset) -> NoisyLabels:
         if not arguments.noise_transition.is_file():
             raise ValueError(f"--noise-transition: there is no file {arguments.noise_transition}")
         try:
-            matrix = np.loadtxt(arguments.noise_transition, delimiter=_delimiter(arguments.noise_transition), ndmin=2)
+            text = arguments.noise_transition.read_text(encoding="utf-8")
+            if not text.strip():
+                raise ValueError("is empty")
+            delimiter = "," if "," in text.partition("\n")[0] else None
+            matrix = np.loadtxt(text.splitlines(), delimiter=delimiter, ndmin=2)
         except ValueError as error:
             raise ValueError(f"--noise-transition: {arguments.noise_transition}: {error}") from None
         transition = torch.from_numpy(matrix)
@@ -179,10 +213,6 @@ def _noisy_labels(arguments: argparse.Namespace, data: Dataset) -> NoisyLabels:
         exact=arguments.noise_exact,
         generator=torch.Generator().manual_seed(arguments.seed),
     )
-
-
-def _delimiter(path: Path) -> str | None:
-    return "," if "," in path.read_text(encoding="utf-8").partition("\n")[0] else None
 
 
 def _distiller(arguments: argparse.Namespace, data: Dataset) -> SelfDistiller:

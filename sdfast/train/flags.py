@@ -8,7 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 SETTINGS = "settings.json"
+MAX_WIDTH = 65536  # of a hidden layer: two of them are 16 GiB
 
 # Options that do not change the result, and so are no settings of a run.
 _NO_SETTINGS = ("command", "run", "when_interrupted", "given", "output", "resume", "json", "no_progress")
@@ -77,6 +80,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if not 0 <= value < float("inf"):
             raise ValueError(f"{flag(name)}: got {value}, wanted a finite number >= 0")
+        _check_float32(name, value)
     for name in ("noise", "alpha", "label_smoothing"):
         value = getattr(arguments, name)
         unbounded = name == "alpha" and arguments.loss == "mse"
@@ -84,6 +88,10 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{flag(name)}: got {value}, wanted within [0, 1]")
     if any(width < 1 for width in arguments.hidden):
         raise ValueError(f"--hidden: got {arguments.hidden}, wanted widths of at least 1")
+    if any(width > MAX_WIDTH for width in arguments.hidden):
+        raise ValueError(f"--hidden: got {max(arguments.hidden)}, wanted widths of at most {MAX_WIDTH}")
+    if arguments.alpha is not None:
+        _check_float32("alpha", arguments.alpha)
     if arguments.label_fn == "identity" and arguments.loss != "mse":
         raise ValueError(
             f"--label-fn: identity gives no probabilities and goes with --loss mse only, not {arguments.loss}"
@@ -93,6 +101,12 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             f"--temperature: got {arguments.temperature}, but only --label-fn softmax has one, not {arguments.label_fn}"
         )
     _check_noise(arguments)
+
+
+def _check_float32(name: str, value: float) -> None:
+    largest = torch.finfo(torch.float32).max
+    if abs(value) > largest:
+        raise ValueError(f"{flag(name)}: got {value}, wanted at most {largest:.3g}, the largest float32")
 
 
 def _check_noise(arguments: argparse.Namespace) -> None:

@@ -108,10 +108,10 @@ class History:
         Raises:
             ValueError: No epoch was evaluated.
         """
-        evaluated = [record for record in self.records if record.eval_accuracy is not None]
+        evaluated = [record for record in self.records if math.isfinite(_number(record.eval_accuracy))]
         if not evaluated:
             raise ValueError("history: no epoch was evaluated, so none is best; pass eval= to fit")
-        return max(evaluated, key=lambda record: record.eval_accuracy or 0.0)
+        return max(evaluated, key=lambda record: _number(record.eval_accuracy))
 
     def to_dicts(self) -> list[dict]:
         """One dictionary an epoch."""
@@ -159,6 +159,10 @@ class History:
         if not self.records:
             raise ValueError("history: has no epoch, so there is nothing to plot")
         plots.save(plots.training_curves(self, subtitle, eval_name), path)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def strict_number(value: float | int | None) -> float | int | str | None:

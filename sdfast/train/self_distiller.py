@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
-from sdfast import _checks, _dispatch
+from sdfast import _checks, _devices, _dispatch
 from sdfast.data.batches import Batches
 from sdfast.nn import SelfDistillationLoss
 from sdfast.ops.self_distillation import AdaptiveAlpha, ClipLabel
@@ -82,7 +82,7 @@ class SelfDistiller:
     ) -> None:
         _check_parts(model, optimizer, scheduler)
         _checks.check_option("scheduler_step", scheduler_step, ("epoch", "step"))
-        self.device = _training_device(device, model)
+        self.device = next(model.parameters()).device if device is None else _devices.usable(device)
         self.amp = _amp_name(amp, self.device)
         self.loss = SelfDistillationLoss(
             1.0 if callable(alpha) else alpha,
@@ -122,6 +122,9 @@ class SelfDistiller:
     ) -> History:
         """Trains for a number of epochs.
 
+        A model in evaluation mode trains in training mode; one in training mode trains as it is, with what is frozen in
+        evaluation mode (a BatchNorm) left so. Afterwards each module is in the mode it was in.
+
         Args:
             train: Any iterable of (inputs, labels) or (inputs, labels, indices) that can be passed over once an epoch:
                 `sdfast.data.Batches`, a torch DataLoader, a list. Its ``set_epoch``, or its sampler's, is called.
@@ -160,18 +163,24 @@ class SelfDistiller:
         if checkpoint is not None:
             saved = Checkpoint(checkpoint, self, train, epochs, {"eval": eval is not None})
             history, stopped, step = saved.start()
-        was_training = self.model.training
+        modes = _modes(self.model)
+        if not self.model.training:
+            self.model.train()
+        training_modes = _modes(self.model)  # what its owner froze stays frozen
         steps = number_of_batches(train)
         total = None if steps is None else steps * epochs
         with tqdm(total=total, initial=step, unit="step", disable=None if progress else True) as bar:
             try:
                 for epoch in range(len(history), 0 if stopped else epochs):
                     began = time.perf_counter()
+                    _set_modes(training_modes)
                     rate = float(self.optimizer.param_groups[0]["lr"])
                     sums, step = self._train_epoch(train, epoch, step, clean_labels, bar)
                     accuracy = None if eval is None else self.evaluate(eval)
                     history.append(_record(epoch, sums, clean_labels is not None, accuracy, rate, began))
                     bar.set_postfix_str(_postfix(history.last, epochs), refresh=False)
+                    if not sums[0] and not allow_nan:
+                        raise ValueError(f"train: no row of epoch {epoch + 1} counts: its labels are all ignore_index")
                     if not math.isfinite(history.last.loss) and not allow_nan:
                         raise _not_finite(history)
                     votes = [callback(self, history) is True for callback in callbacks]
@@ -181,7 +190,7 @@ class SelfDistiller:
                     if stopped:
                         break
             finally:
-                self.model.train(was_training)
+                _set_modes(modes)
         return history
 
     def evaluate(self, batches: Iterable) -> float:
@@ -192,8 +201,11 @@ class SelfDistiller:
 
         Returns:
             The share of rows whose largest logit is their label's, rows with the ignored label left out.
+
+        Raises:
+            ValueError: There is no row to count.
         """
-        was_training = self.model.training
+        modes = _modes(self.model)
         self.model.eval()
         counts = torch.zeros(2, dtype=torch.int64, device=self.device)  # correct, kept
         try:
@@ -203,15 +215,16 @@ class SelfDistiller:
                         logits = self._forward(inputs)
                     counts += torch.stack(self._correct(logits, labels))
         finally:
-            self.model.train(was_training)
+            _set_modes(modes)
         correct, kept = counts.tolist()
-        return correct / kept if kept else math.nan
+        if not kept:
+            raise ValueError("eval: gave no row that counts, so there is no accuracy")
+        return correct / kept
 
     def _train_epoch(
         self, train: Iterable, epoch: int, step: int, clean_labels: Tensor | None, bar: tqdm
     ) -> tuple[list[float], int]:
         """One pass over `train`: rows kept, the sums of `_SUMS`, clean (correct, known) rows; and the step reached."""
-        self.model.train()
         ordered = train if hasattr(train, "set_epoch") else getattr(train, "sampler", None)
         set_epoch = getattr(ordered, "set_epoch", None)
         if set_epoch is not None:
@@ -221,6 +234,8 @@ class SelfDistiller:
         first = step
         for inputs, labels, indices in self._on_device(train, "train"):
             alpha = self.alpha(epoch, step) if callable(self.alpha) else self.alpha
+            if alpha is None:
+                raise TypeError(f"alpha: the function gave None for epoch {epoch}, step {step}, wanted a number")
             self.optimizer.zero_grad()
             with self._autocast():
                 logits = self._forward(inputs)
@@ -266,7 +281,16 @@ class SelfDistiller:
     def _kept(self, labels: Tensor, logits: Tensor) -> Tensor | int:
         if labels.is_floating_point():
             return logits.numel() // logits.shape[-1]
-        return (labels != self.loss.ignore_index).sum()
+        return (labels.to(torch.int64) != self.loss.ignore_index).sum()  # uint8 would wrap -100 to a class
+
+
+def _modes(model: nn.Module) -> list[tuple[nn.Module, bool]]:
+    return [(module, module.training) for module in model.modules()]
+
+
+def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
+    for module, training in modes:
+        module.training = training
 
 
 def _clean_rows(clean_labels: Tensor, indices: Tensor | None) -> Tensor:
@@ -362,14 +386,3 @@ def _amp_name(amp: str | torch.dtype | None, device: torch.device) -> str | None
     if name == "float16" and device.type == "cpu":
         raise NotImplementedError("amp: got 'float16' on the CPU, which has no use for it; use 'bfloat16'")
     return name
-
-
-def _training_device(device: torch.device | str | None, model: nn.Module) -> torch.device:
-    if device is None:
-        return next(model.parameters()).device
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:  # torch's own for a device that is not there
-        raise ValueError(f"device: got {str(device)!r}: {str(error).splitlines()[0]}") from None
-    return chosen

@@ -1,9 +1,11 @@
 """What decides the course of a training, as plain values that a checkpoint can compare."""
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sized
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 
 from sdfast.data.fingerprint import data_hash, fixed_random, spread
@@ -93,8 +95,8 @@ def value_at(function: Callable, point: Iterable[int]) -> Any:
     for _ in range(2):
         with fixed_random():
             value = function(*point)
-        plain = value.tolist() if isinstance(value, Tensor) else value
-        values.append(plain if isinstance(plain, bool | int | float | list) else type(value).__name__)
+        value = value.tolist() if isinstance(value, Tensor) else plain(value)
+        values.append(value if isinstance(value, bool | int | float | list) else type(value).__name__)
     return values[0] if values[0] == values[1] else None
 
 
@@ -102,6 +104,15 @@ def within(name: str, point: Iterable[int], distiller: "SelfDistiller", epochs: 
     """Whether a training of `epochs` comes to this point of the function of that name."""
     first = next(iter(point))
     return first < (epochs if name == "alpha" else _calls(distiller, epochs, steps))
+
+
+def plain(value: Any) -> Any:
+    """Lists, tuples and plain dictionaries with NumPy's scalars in them turned into Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) in (dict, defaultdict):
+        return {plain(key): plain(part) for key, part in value.items()}
+    return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
 
 
 def _calls(distiller: "SelfDistiller", epochs: int, steps: int | None) -> int:
@@ -119,6 +130,7 @@ def _alpha_text(alpha: object) -> str:
 
 def _flat(prefix: str, value: object) -> dict[str, Any]:
     """Nested settings as one dictionary of plain values: ``{"optimizer[0].lr": 0.1}``."""
+    value = plain(value)
     if isinstance(value, dict):
         parts = [_flat(f"{prefix}.{str(key).lstrip('_')}", part) for key, part in value.items() if key not in _DERIVED]
     elif isinstance(value, list | tuple):

@@ -175,3 +175,17 @@ def test_labels_that_are_no_class_are_refused_with_the_way_out():
         flip_labels(holes, 0.3, 3, ignore_index=-100)
     with pytest.raises(TypeError, match=r"ignore_index: got float, wanted an integer or None"):
         flip_labels(holes, 0.3, 4, ignore_index=-100.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_rounded_transition_is_taken(dtype):
+    weights = torch.rand(20, 7, 7, generator=seeded(), dtype=torch.float64)
+    for matrix in weights / weights.sum(-1, keepdim=True):
+        flip_labels(torch.arange(7), 0.5, 7, "asymmetric", transition=matrix.to(dtype))
+    with pytest.raises(ValueError, match="transition: row 0 sums to 1"):
+        flip_labels(torch.arange(7), 0.5, 7, "asymmetric", transition=(1.05 * matrix).to(dtype))
+
+
+def test_labels_without_values_are_refused():
+    with pytest.raises(ValueError, match="labels: are on the meta device, which holds no values"):
+        flip_labels(torch.zeros(3, dtype=torch.int64, device="meta"), 0.5, 4)

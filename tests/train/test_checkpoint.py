@@ -1,5 +1,7 @@
 """A killed training continues as if nothing had happened, and a checkpoint of other settings is refused."""
 
+import errno
+import io
 import os
 import random
 import re
@@ -414,6 +416,49 @@ def test_no_name_in_a_refusal_begins_with_an_underscore(tmp_path):
         names = str(caught.value).partition("other settings: ")[2]
         assert not re.search(r"(^|[.\s])_", names), names
         (tmp_path / "run.pt").unlink()
+
+
+def test_numpys_numbers_are_saved_as_pythons(tmp_path):
+    def schedule(optimizer):
+        return lr_scheduler.StepLR(optimizer, np.int64(1), np.float64(0.5))
+
+    options = {"lr": np.float64(0.1), "schedule": schedule}
+    whole, _ = fit(None, **options)
+    fit(tmp_path / "run.pt", epochs=2, **options)
+    assert_same(whole, fit(tmp_path / "run.pt", seed=9, **options)[0])
+    fit(tmp_path / "run.pt", lr=0.1, schedule=lambda optimizer: lr_scheduler.StepLR(optimizer, 1, 0.5))
+
+
+@pytest.mark.parametrize("value", [np.zeros(2), lambda: 0])
+def test_state_that_cannot_be_read_back_is_refused_before_training(value, tmp_path):
+    class Odd(list):
+        def state_dict(self):
+            return {"value": value}
+
+        def load_state_dict(self, state):
+            pass
+
+    path = tmp_path / "run.pt"
+    with pytest.raises(NotImplementedError, match="checkpoint: the "):
+        fit(path, train=Odd([(X, Y)]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_the_systems_error_and_leaves_the_file_before(tmp_path, monkeypatch):
+    path = tmp_path / "run.pt"
+    fit(path, epochs=1)
+    before = path.read_bytes()
+
+    class Full(io.FileIO):
+        def write(self, data):
+            if self.tell() > 1000:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+    monkeypatch.setattr("sdfast._files.open", Full, raising=False)
+    with pytest.raises(OSError, match="No space left on device"):
+        fit(path, epochs=2)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"run.pt": before}
 
 
 def test_persistent_workers_are_refused(tmp_path):

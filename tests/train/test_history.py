@@ -41,6 +41,13 @@ def test_best_wants_evaluations():
         _ = history.best
 
 
+def test_best_is_a_number():
+    records = [record._replace(eval_accuracy=math.nan) for record in example()]
+    with pytest.raises(ValueError, match="no epoch was evaluated"):
+        _ = History(records).best
+    assert History([records[0], *example()]).best.eval_accuracy == 0.75
+
+
 def test_json_comes_back_as_it_was(tmp_path):
     history = example()
     history.to_json(tmp_path / "history.json")

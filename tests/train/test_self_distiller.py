@@ -335,7 +335,8 @@ FOREIGN = torch.optim.lr_scheduler.StepLR(ADAM_OF_OTHERS, 1)
         ({"amp": torch.float16}, NotImplementedError, "amp: got 'float16' on the CPU"),
         ({"backend": "cuda"}, NotImplementedError, "backend='cuda': "),
         ({"amp": "float16"}, NotImplementedError, "amp: got 'float16' on the CPU"),
-        ({"device": "gpu"}, ValueError, "device: got 'gpu': "),
+        ({"device": "gpu"}, ValueError, "device: got 'gpu', which torch cannot compute on here"),
+        ({"device": "meta"}, ValueError, "device: got 'meta', which torch cannot compute on here"),
         ({"alpha": -0.1}, ValueError, "alpha: got -0.1, wanted within [0, 1]"),
         ({"alpha": math.nan}, ValueError, "alpha: got nan, wanted a finite number"),
         ({"alpha": "adaptive"}, TypeError, "alpha: got str"),
@@ -442,3 +443,46 @@ def test_too_few_clean_labels_are_named(loader):
     )
     with pytest.raises(ValueError, match=f"clean_labels: {message}"):
         fit(train, clean_labels=clean[:80])
+
+
+def test_classes_of_uint8_are_none_of_them_ignored():
+    inputs, _, _ = toy()
+    torch.manual_seed(0)
+    model = mlp((2, 8, 200))
+    labels = torch.full((ROWS,), 156, dtype=torch.uint8)  # -100 in eight bits
+    _, history = fit(
+        [(inputs, labels)], 1, model_and_optimizer=(model, torch.optim.SGD(model.parameters(), lr=0.1)), alpha=1.0
+    )
+    assert history.last.loss > 1
+
+
+def test_what_its_owner_froze_stays_frozen():
+    model = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Linear(8, CLASSES))
+    model[1].eval()
+    before = model[1].running_mean.clone()
+    inputs, labels, _ = toy()
+    distiller, _ = fit(
+        epochs=2, eval=[(inputs, labels)], model_and_optimizer=(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    )
+    assert torch.equal(model[1].running_mean, before)
+    distiller.evaluate([(inputs, labels)])
+    assert [module.training for module in model.modules()] == [True, True, False, True]
+    model.eval()
+    distiller.fit(batches(), 1, progress=False)
+    assert not torch.equal(model[1].running_mean, before)
+    assert not any(module.training for module in model.modules())
+
+
+def test_an_alpha_of_none_is_refused():
+    with pytest.raises(TypeError, match="alpha: the function gave None for epoch 0, step 1, wanted a number"):
+        fit(alpha=lambda epoch, step: 0.5 if step == 0 else None)
+
+
+def test_data_without_a_row_that_counts_are_named():
+    inputs, labels, _ = toy()
+    ignored = torch.full_like(labels, -100)
+    with pytest.raises(ValueError, match="train: no row of epoch 1 counts: its labels are all ignore_index"):
+        fit([(inputs, ignored)])
+    for nothing in ([], [(inputs, ignored)]):
+        with pytest.raises(ValueError, match="eval: gave no row that counts"):
+            fit(eval=nothing)
