@@ -22,7 +22,15 @@ from setuptools.command.bdist_wheel import bdist_wheel
 ROOT = Path(__file__).parent
 TORCH_TARGET = "0x020a000000000000"  # the stable ABI of torch 2.10: one build serves every later torch
 FLAGS = ["-O3", "-std=c++17", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
-CPU_FLAGS = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-fvisibility=hidden", "-g0"]
+CPU_FLAGS = [
+    "-fopenmp-simd",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fwrapv",
+    "-Wno-psabi",
+    "-fvisibility=hidden",
+    "-g0",
+]
 
 
 def import_torch():

@@ -1,5 +1,6 @@
 """Argument errors: one line that names the argument, what came and what is wanted."""
 
+import sys
 from numbers import Real
 
 import torch
@@ -9,9 +10,12 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGRAL = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
+LARGEST = sys.float_info.max
+
+
 def is_number(value: object) -> bool:
     """Whether `value` is a real number, NumPy's scalars included."""
-    return type(value) in (float, int) or isinstance(value, Real)
+    return type(value) is float or (isinstance(value, Real) and not abs(value) > LARGEST)  # type: ignore[operator]
 
 
 def dtype_name(tensor: Tensor) -> str:
@@ -25,9 +29,11 @@ def shape_text(tensor: Tensor) -> str:
 
 
 def check_tensor(name: str, value: Tensor) -> None:
-    """Refuses what is not a tensor."""
+    """Refuses what is not a dense tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, wanted a torch.Tensor")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: got layout {value.layout}, wanted a dense tensor (torch.strided)")
 
 
 def check_floating(name: str, value: Tensor) -> None:
@@ -79,8 +85,6 @@ def check_labels(logits: Tensor, labels: Tensor, regression: bool) -> Tensor:
     classes = logits.shape[-1]
     leading = logits.shape[:-1]
     if labels.dtype in INTEGRAL:
-        if regression and classes == 1:
-            raise TypeError(f"labels: got {dtype_name(labels)}, wanted floats: one column of logits has no classes")
         if labels.shape == leading:
             return labels.reshape(-1).to(torch.int64)
     elif labels.dtype in FLOATING:

@@ -23,14 +23,14 @@ def test_an_operation_is_whole(operation):
 
 
 def test_enumerations_of_python_and_cpp_agree():
-    from sdfast.ops.self_distillation import op
+    from sdfast.ops.self_distillation import description
 
     kernel = (ROOT / "csrc" / "self_distillation" / "kernel.h").read_text()
-    for table in (op.LABEL_FUNCTIONS, op.LOSSES, op.REDUCTIONS):
+    for table in (description.LABEL_FUNCTIONS, description.LOSSES, description.REDUCTIONS):
         for name, code in table.items():
             constant = "k" + "".join(part.capitalize() for part in name.split("_"))
             assert re.search(rf"\b{constant} = {code}\b", kernel), f"{constant} = {code} is not in kernel.h"
-    assert f"kStateSize = {op.STATE_SIZE}" in kernel
+    assert f"kStateSize = {description.STATE_SIZE}" in kernel
 
 
 def test_torch_is_included_in_one_place():

@@ -69,7 +69,8 @@ BatchCounts<T> check_and_count(const Problem<T>& problem) {
     if (label == problem.ignore_index) continue;
     if (label < 0 || label >= problem.classes)
       fail<std::out_of_range>("labels: row ", i, " is ", label, ", wanted 0 <= label < ", problem.classes,
-                              " or ignore_index=", problem.ignore_index);
+                              " or ignore_index=", problem.ignore_index,
+                              problem.classes == 1 ? " (targets of a one-column regression are floats)" : "");
     ++kept;
     if (problem.class_weight) weight += problem.class_weight[label];
   }

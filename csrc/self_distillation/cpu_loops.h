@@ -192,7 +192,7 @@ SDFAST_CLONES void scale(T* out, int64_t n, T factor) {
   sweep<T>(n, [&](int64_t i, auto used, auto) { store_some(out + i, load_some(out + i, used, T(0)) * factor, used); });
 }
 
-// sum_c w_c (-log p_c), with -log p_c = log_total - (x_c - shift)
+// sum_c w_c (-log p_c), with -log p_c = log_total - (x_c - shift); a class of weight 0 adds nothing
 template <class T>
 SDFAST_CLONES T negative_log_sum(const T* x, int64_t n, T shift, T log_total, const T* w) {
   vec::Total<T> total;
@@ -202,14 +202,16 @@ SDFAST_CLONES T negative_log_sum(const T* x, int64_t n, T shift, T log_total, co
     if constexpr (std::is_same_v<decltype(used), int>) {
       for (int j = used; j < vec::kLanes<T>; ++j) term[j] = 0;
     }
-    if (w) term *= load_some(w + i, used, T(0));
+    if (w) {
+      const Lanes<T> weight = load_some(w + i, used, T(0));
+      term = weight == T(0) ? Lanes<T>{} : term * weight;
+    }
     total[slot] += term;
   });
   return total.sum();
 }
 
-// target_c = uniform + label y_c + source h_c; y and h absent where null, h_c = slope h_c clamped to [-1, 1] if slope >
-// 0
+// target_c = uniform + label y_c + source h_c; y and h absent where null. A slope > 0 makes it h_c = clamp(slope h_c).
 template <class T>
 SDFAST_CLONES void mix_target(T* target, int64_t n, Mixture<T> mix, const T* y, const T* h, T slope) {
   sweep<T>(n, [&](int64_t i, auto used, auto) {

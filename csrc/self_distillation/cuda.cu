@@ -350,8 +350,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor logits, Tensor labels, Optiona
 
     Tensor value = reduction == kNone ? new_tensor(logits, {problem.rows}, kType<T>) : new_tensor(logits, {}, kType<T>);
     (reduction == kNone ? batch.losses : batch.loss) = value.mutable_data_ptr<T>();
-    Tensor state = new_tensor(logits, {kStateSize}, kType<T>);
-    batch.state = state.mutable_data_ptr<T>();
+    const int64_t state_size = want_stats || !want_gradient ? int64_t{kStateSize} : 0;
+    Tensor state = new_tensor(logits, {state_size}, kType<T>);
+    if (state_size) batch.state = state.mutable_data_ptr<T>();
     Tensor gradient = want_gradient ? new_gradient(problem, logits) : new_tensor(logits, {0}, logits.scalar_type());
     launch_for(stream, problem, batch, logits);
     return std::tuple<Tensor, Tensor, Tensor>(value, gradient, state);

@@ -1,5 +1,6 @@
 // Scalar formulas of the self-distillation loss, shared by the CPU and the CUDA kernels. The maths is derived in
-// sdfast/ops/self_distillation/README.md; the enumerations repeat the tables in sdfast/ops/self_distillation/op.py.
+// sdfast/ops/self_distillation/README.md; the enumerations repeat the tables in
+// sdfast/ops/self_distillation/description.py.
 #pragma once
 
 #include <cstdint>
@@ -74,6 +75,7 @@ SDFAST_HOST_DEVICE V brier_gradient(const V& p, const V& difference, T inner) {
 // entries go to the first index, as in argmax.
 template <class T>
 SDFAST_HOST_DEVICE bool keeps_label(const Mixture<T>& mix, int64_t label, int64_t source) {
+  if (mix.label + mix.source == T(0)) return label == 0;  // a uniform target
   return label == source || mix.label > mix.source || (mix.label == mix.source && label < source);
 }
 

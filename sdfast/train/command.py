@@ -18,7 +18,7 @@ from sdfast.data import DATASETS, Batches, Dataset, NoisyLabels, flip_labels, lo
 from sdfast.models import mlp
 from sdfast.ops.self_distillation import AdaptiveAlpha
 from sdfast.ops.self_distillation.arguments import is_no_op
-from sdfast.ops.self_distillation.op import LOSSES
+from sdfast.ops.self_distillation.description import LOSSES
 from sdfast.train.checkpoint import read
 from sdfast.train.flags import SETTINGS, check_arguments, describe, named_as_flags, settings_of, take_settings
 from sdfast.train.history import History, strict_number

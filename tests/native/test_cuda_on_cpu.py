@@ -14,7 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdfast.ops.self_distillation.op import LABEL_FUNCTIONS, LOSSES, REDUCTIONS, Description, accumulation_dtype
+from sdfast.ops.self_distillation.description import (
+    LABEL_FUNCTIONS,
+    LOSSES,
+    REDUCTIONS,
+    Description,
+    accumulation_dtype,
+)
 from sdfast.ops.self_distillation.reference import self_distillation_reference
 
 HERE = Path(__file__).parent

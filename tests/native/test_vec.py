@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 SOURCE = Path(__file__).parent / "vec_probe.cpp"
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-fwrapv", "-Wno-psabi"]
 
 
 def cpu_flags():

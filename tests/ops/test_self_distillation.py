@@ -170,8 +170,11 @@ def test_masked_classes_add_nothing(backend, loss):
     # A class weight of 0 takes a class out as well as a target of 0 does.
     weight = (torch.arange(12) < 8).double()
     probabilities = torch.rand(4, 12, dtype=torch.float64).softmax(-1)
-    out = self_distillation_loss(logits, probabilities, 0.5, loss=loss, class_weight=weight, backend=backend)
-    assert out.isfinite()
+    for given in (probabilities, labels):
+        out = self_distillation_loss(
+            logits, given, 0.5, loss=loss, class_weight=weight, label_smoothing=0.1, backend=backend
+        )
+        assert out.isfinite()
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -309,6 +312,15 @@ def test_ties_go_to_the_first_index(backend):
     loss = self_distillation_loss(logits, torch.tensor([0, 17]), 0.0, reduction="none", backend=backend)
     want = F.cross_entropy(logits, torch.tensor([0, 17]), reduction="none")
     torch.testing.assert_close(loss, want)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_a_uniform_target_has_its_largest_entry_first(backend):
+    labels = torch.tensor([0, 1, 2, 0])
+    _, stats = self_distillation_loss(
+        torch.randn(4, 5), labels, 1.0, label_smoothing=1.0, return_stats=True, backend=backend
+    )
+    assert stats.agreement == 0.5
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])

@@ -53,6 +53,7 @@ def test_opcheck_backward(dtype):
     arguments = operation_arguments(dtype, reduction=0, want_gradient=False)
     _, _, state = torch.ops.sdfast._self_distillation(*arguments)
     logits, labels, alpha, source, class_weight, row_weight = arguments[:6]
+    logits = logits.t().contiguous().t()  # the gradient is contiguous all the same
     for upstream in (torch.rand(12, dtype=state.dtype), torch.rand((), dtype=state.dtype)):
         torch.library.opcheck(
             torch.ops.sdfast._self_distillation_backward.default,
@@ -105,6 +106,70 @@ def test_retain_graph(backend, reduction, alpha):
     loss.backward()
     torch.testing.assert_close(third, 3 * first)
     torch.testing.assert_close(logits.grad, 2 * first)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_given_out_is_not_needed_again(backend):
+    """While the graph is kept nobody gets the saved gradient: writing into what came out harms no later backward."""
+    logits, labels = inputs()
+    want = loss_and_gradient(lambda x: self_distillation_loss(x, labels, 0.4, backend=backend), logits)[1]
+    loss = self_distillation_loss(logits, labels, 0.4, backend=backend)
+    torch.autograd.grad(loss, logits, retain_graph=True)[0].zero_()
+    torch.testing.assert_close(torch.autograd.grad(loss, logits, retain_graph=True)[0], want)
+    torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], want)
+    doubled = logits * 1
+    doubled.register_hook(lambda gradient: gradient.mul_(2))
+    loss = self_distillation_loss(doubled, labels, 0.4, backend=backend)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    torch.testing.assert_close(logits.grad, 4 * want)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0, 65536.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_loss_scaling_saves_float16_gradients(backend, scale):
+    """The factor of a loss scaler comes before the rounding to float16: no underflow, no overflow of the factor."""
+    rows = 4096
+    logits, labels = torch.randn(rows, 200).half(), torch.randint(0, 200, (rows,))
+    exact = logits.double().requires_grad_()
+    self_distillation_loss(exact, labels, 0.5, backend="reference").backward()
+    for function in (self_distillation_loss, torch.compile(self_distillation_loss, backend="aot_eager")):
+        x = logits.clone().requires_grad_()
+        (function(x, labels, 0.5, backend=backend) * scale).backward()
+        error = (x.grad.double() / scale - exact.grad).abs().max()
+        assert error <= 2**-11 * exact.grad.abs().max() + 2**-24 / scale
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_backward_can_be_traced_and_batched(backend):
+    logits, labels = inputs()
+    loss = self_distillation_loss(logits, labels, 0.4, backend=backend)
+    (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    batched = torch.autograd.grad(loss, logits, torch.tensor([1.0, 2.0]), is_grads_batched=True)[0]
+    torch.testing.assert_close(batched, torch.stack([gradient, 2 * gradient]))
+
+    def step(x):
+        return torch.autograd.grad(self_distillation_loss(x, labels, 0.4, backend=backend), x)[0]
+
+    traced = torch.fx.experimental.proxy_tensor.make_fx(step)(logits)
+    torch.testing.assert_close(traced(logits), gradient)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = mode.from_tensor(logits.detach()).requires_grad_()
+        assert step(fake).shape == logits.shape
+
+
+def test_compile_of_transposed_logits():
+    def run(a, b, labels, reduction):
+        return self_distillation_loss((a @ b).t(), labels, 0.5, reduction=reduction).sum()
+
+    a, b, labels = torch.randn(5, 7).requires_grad_(), torch.randn(7, 4), torch.randint(0, 5, (4,))
+    for reduction in ("mean", "none"):
+        torch._dynamo.reset()
+        compiled = torch.compile(run, fullgraph=True)
+        torch.testing.assert_close(
+            loss_and_gradient(lambda x, f=compiled, r=reduction: f(x, b, labels, r), a),
+            loss_and_gradient(lambda x, r=reduction: run(x, b, labels, r), a),
+        )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -95,8 +95,14 @@ BAD_CALLS = {
     "ignore_index None": (lambda: sd(X, Y, 0.5, ignore_index=None), TypeError, "ignore_index: got NoneType"),
     "smoothing a string": (lambda: sd(X, Y, 0.5, label_smoothing="a"), ValueError, "label_smoothing: got 'a'"),
     "integer labels of one column": (
-        lambda: sd(X[:, :1], Y - 1, 0.5, loss="mse", label_fn=ClipLabel(0.1)), TypeError,
-        "wanted floats: one column of logits has no classes"),
+        lambda: sd(X[:, :1], Y, 0.5, loss="mse", label_fn=ClipLabel(0.1)), IndexError,
+        r"row 1 is 1, wanted 0 <= label < 1 .*\(targets of a one-column regression are floats\)"),
+    "sparse logits": (lambda: sd(X.to_sparse(), Y, 0.5), TypeError, "logits: got layout torch.sparse_coo, wanted"),
+    "sparse source": (lambda: sd(X, Y, 0.5, source=X.to_sparse()), TypeError, "source: got layout torch.sparse_coo"),
+    "temperature beyond float32": (
+        lambda: sd(X, Y, 0.5, label_fn="softmax", temperature=1e39), ValueError, "temperature: got 1e\\+39"),
+    "huge alpha": (lambda: sd(X, Y, 10**400), TypeError, "alpha: got int"),
+    "huge ratio": (lambda: AdaptiveAlpha(10**400), ValueError, "ratio: got 1000"),
     "negative ratio": (lambda: AdaptiveAlpha(-1.0), ValueError, "ratio: got -1.0"),
     "ratio no number": (lambda: AdaptiveAlpha("1"), ValueError, "ratio: got '1'"),
     "group without sync": (lambda: AdaptiveAlpha(1.0, group=object()), ValueError, "group: given without sync=True"),

@@ -6,7 +6,8 @@ from torch import Tensor
 from sdfast import _checks, _dispatch
 from sdfast.ops.self_distillation import arguments
 from sdfast.ops.self_distillation.arguments import AdaptiveAlpha, ClipLabel, LossStats
-from sdfast.ops.self_distillation.op import LOSSES, REDUCTIONS, Description, self_distillation
+from sdfast.ops.self_distillation.description import LOSSES, REDUCTIONS, Description
+from sdfast.ops.self_distillation.op import self_distillation
 from sdfast.ops.self_distillation.reference import self_distillation_reference
 
 __all__ = ["AdaptiveAlpha", "ClipLabel", "LossStats", "self_distillation_loss"]
@@ -139,4 +140,5 @@ def indices_beside_rows(logits: Tensor, labels: Tensor) -> bool:
         and labels.size(0) == logits.size(0)
         and logits.size(1) > 1
         and labels.device == logits.device
+        and logits.layout is torch.strided
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sdfast import _checks
-from sdfast.ops.self_distillation.op import LABEL_FUNCTIONS, LOSSES, REDUCTIONS, accumulation_dtype
+from sdfast.ops.self_distillation.description import LABEL_FUNCTIONS, LOSSES, REDUCTIONS, accumulation_dtype
 from sdfast.ops.self_distillation.reference import batch_accuracy
 
 
@@ -114,8 +114,8 @@ def label_function(label_fn: str | ClipLabel, temperature: float, loss: str) -> 
         raise ValueError(f"label_fn: got {label_fn!r}, wanted {wanted}")
     if loss != "mse" and code >= LABEL_FUNCTIONS["identity"]:
         raise ValueError(f"label_fn: {label_fn!r} gives no probabilities, goes with loss='mse' only, got loss={loss!r}")
-    if not _checks.is_number(temperature) or not 0 < temperature < math.inf:
-        raise ValueError(f"temperature: got {temperature!r}, wanted a finite number > 0")
+    if not _checks.is_number(temperature) or not 1e-30 <= temperature <= 1e30:  # so that 1/T is a normal float32
+        raise ValueError(f"temperature: got {temperature!r}, wanted a number > 0, between 1e-30 and 1e30")
     if temperature != 1 and label_fn != "softmax":
         raise ValueError(f"temperature: got {temperature!r}, but only label_fn='softmax' has one, not {label_fn!r}")
     return code, parameter
@@ -202,6 +202,7 @@ def check_values(labels: Tensor, alpha: Tensor | None, flat: Tensor, loss: str, 
             row = int(bad.nonzero()[0])
             raise IndexError(
                 f"labels: row {row} is {int(labels[row])}, wanted 0 <= label < {classes} or ignore_index={ignore_index}"
+                + (" (targets of a one-column regression are floats)" if classes == 1 else "")
             )
     if alpha is not None:
         alphas = alpha.reshape(-1)

@@ -9,13 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-LABEL_FUNCTIONS = {"softmax": 0, "hardmax": 1, "identity": 2, "clip": 3}
-LOSSES = {"cross_entropy": 0, "kl": 1, "mse": 2, "brier": 3}
-REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-
-# The `state` output: (alpha, denominator, accuracy, target entropy, agreement), what the backward and the statistics
-# need of the batch; without statistics only the first two are defined. The CPU leaves it empty where nobody needs it.
-STATE_SIZE = 5
+from sdfast.ops.self_distillation.description import REDUCTIONS, STATE_SIZE, Description, accumulation_dtype
 
 _TENSORS = "Tensor logits, Tensor labels, Tensor? alpha, Tensor? source, Tensor? class_weight, Tensor? row_weight"
 _SCHEMAS = (
@@ -34,32 +28,24 @@ for _suffix in ("", "_triton"):
         library.define(_schema.format(suffix=_suffix))
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums, losses and weights have for logits of `dtype`: float32, or float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _fake_forward(native):
-    def fake(
-        logits, labels, alpha, source, class_weight, row_weight, alpha_value, adaptive, label_fn, label_parameter,
-        loss, reduction, ignore_index, label_smoothing, want_gradient, want_stats,
-    ):  # fmt: skip
-        rows, classes = logits.shape
-        dtype = accumulation_dtype(logits.dtype)
-        stateless = native and logits.device.type == "cpu" and want_gradient and not want_stats
-        return (
-            logits.new_empty((rows,) if reduction == REDUCTIONS["none"] else (), dtype=dtype),
-            logits.new_empty((rows, classes) if want_gradient else (0,)),
-            logits.new_empty((0 if stateless else STATE_SIZE,), dtype=dtype),
-        )
-
-    return fake
+def _fake_forward(
+    logits, labels, alpha, source, class_weight, row_weight, alpha_value, adaptive, label_fn, label_parameter, loss,
+    reduction, ignore_index, label_smoothing, want_gradient, want_stats,
+):  # fmt: skip
+    rows, classes = logits.shape
+    dtype = accumulation_dtype(logits.dtype)
+    return (
+        logits.new_empty((rows,) if reduction == REDUCTIONS["none"] else (), dtype=dtype),
+        logits.new_empty((rows, classes) if want_gradient else (0,)),
+        logits.new_empty((STATE_SIZE,) if want_stats or not want_gradient else (0,), dtype=dtype),
+    )
 
 
 for _suffix in ("", "_triton"):
-    torch.library.register_fake(f"sdfast::_self_distillation{_suffix}", _fake_forward(native=not _suffix))
+    torch.library.register_fake(f"sdfast::_self_distillation{_suffix}", _fake_forward)
     torch.library.register_fake(
-        f"sdfast::_self_distillation_backward{_suffix}", lambda upstream, state, logits, *_: torch.empty_like(logits)
+        f"sdfast::_self_distillation_backward{_suffix}",
+        lambda upstream, state, logits, *_: logits.new_empty(logits.shape),
     )
     torch.library.register_fake(f"sdfast::_scale_in_place{_suffix}", lambda gradient, upstream: None)
 
@@ -107,19 +93,6 @@ _TRITON = _Operations(
 _OPERATIONS = {"cpu": _NATIVE, "cuda": _NATIVE, "triton": _TRITON}
 
 
-class Description(NamedTuple):
-    """What a call fixes for all rows, as the operations take it."""
-
-    alpha_value: float
-    adaptive: bool
-    label_fn: int
-    label_parameter: float
-    loss: int
-    reduction: int
-    ignore_index: int
-    label_smoothing: float
-
-
 class SelfDistillation(torch.autograd.Function):
     """Loss of the rows of (N, C) logits; with `want_stats` also the state, which carries no gradient.
 
@@ -131,20 +104,15 @@ class SelfDistillation(torch.autograd.Function):
     def forward(ctx, backend, logits, labels, alpha, source, class_weight, row_weight, description, want_stats):
         """Computes the loss, and the gradient too where it is wanted and reduced."""
         wanted = ctx.needs_input_grad[1]
-        # Compiled code cannot look at the upstream gradient. A GPU folds it in by computing the gradient in the
-        # backward, which moves fewer bytes than a pass to scale it; a CPU is bound by the exponentials, and scales.
-        now = wanted and description.reduction != REDUCTIONS["none"]
-        now = now and (backend == "cpu" or not torch.compiler.is_compiling())
+        now = wanted and _writes_gradient_early(backend, logits.dtype, description.reduction)
         value, gradient, state = _OPERATIONS[backend].forward(
             logits, labels, alpha, source, class_weight, row_weight, *description, now, want_stats
         )
         ctx.set_materialize_grads(False)
         ctx.backend = backend
-        if now and backend == "cpu":
+        if now:
             ctx.save_for_backward(gradient)
         elif wanted:
-            # Not saved through autograd: the first backward gives it away, a later one computes it again.
-            ctx.gradient = gradient if now else None
             ctx.description = description
             ctx.save_for_backward(state, logits, labels, alpha, source, class_weight, row_weight)
         if not want_stats:
@@ -164,15 +132,42 @@ class SelfDistillation(torch.autograd.Function):
             return (None,) * 9
         saved = ctx.saved_tensors  # read once: activation checkpointing unpacks them only once
         if len(saved) == 1:
-            # A copy where it must be scaled: another backward may follow.
-            plain = not torch.compiler.is_compiling() and upstream.item() == 1
-            gradient = saved[0] if plain else saved[0] * upstream.to(saved[0].dtype)
-        elif ctx.gradient is not None:
-            gradient, ctx.gradient = ctx.gradient, None
-            _OPERATIONS[ctx.backend].scale_in_place(gradient, upstream)
+            gradient = _scaled(saved[0], upstream, ctx.backend)
         else:
             gradient = _gradient_from_inputs(_OPERATIONS[ctx.backend], upstream, saved, ctx.description)
         return None, gradient, None, None, None, None, None, None, None
+
+
+def _writes_gradient_early(backend: str, dtype: torch.dtype, reduction: int) -> bool:
+    """Whether the forward writes the gradient, for an upstream gradient of 1.
+
+    Not where that would lose something: `none` has an upstream gradient a row, and float16 needs the factor of a loss
+    scaler before it rounds. Compiled code cannot look at the upstream gradient: there a GPU folds it in by computing
+    the gradient in the backward, which moves fewer bytes than a pass to scale it, while a CPU, bound by the
+    exponentials, writes early and scales.
+    """
+    if reduction == REDUCTIONS["none"] or dtype == torch.float16:
+        return False
+    return backend == "cpu" or not torch.compiler.is_compiling()
+
+
+def _scaled(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
+    """`gradient` times the 0-d `upstream`: `gradient` itself where nobody needs it again."""
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(upstream) is not Tensor
+    if not traced and not _is_batched(upstream) and not _graph_is_kept():
+        if backend != "cpu":
+            _OPERATIONS[backend].scale_in_place(gradient, upstream)
+            return gradient
+        if upstream.item() == 1:
+            return gradient
+    return (gradient.to(upstream.dtype) * upstream).to(gradient.dtype)
+
+
+# As by ``torch.autograd.grad(…, is_grads_batched=True)``.
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+
+# Whether this backward keeps the graph, so that another may follow and wants the same saved gradient.
+_graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
 
 
 # `Function.apply` without its Python part, which looks for functorch wrappers in every argument (2.4 µs a call): under

@@ -6,7 +6,7 @@ Runs on (N, C) logits in any floating dtype, halves promoted to float32, and und
 import torch
 from torch import Tensor
 
-from sdfast.ops.self_distillation.op import LABEL_FUNCTIONS, LOSSES, REDUCTIONS, Description
+from sdfast.ops.self_distillation.description import LABEL_FUNCTIONS, LOSSES, REDUCTIONS, Description
 
 
 def batch_accuracy(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:

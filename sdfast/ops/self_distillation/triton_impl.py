@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sdfast.ops.self_distillation.op import LABEL_FUNCTIONS, LOSSES, REDUCTIONS, STATE_SIZE, accumulation_dtype
+from sdfast.ops.self_distillation.description import LABEL_FUNCTIONS, LOSSES, REDUCTIONS, STATE_SIZE, accumulation_dtype
 from sdfast.ops.self_distillation.triton_batch import MAX_COUNT_BLOCKS, SUM_BLOCK, count_kernel
 from sdfast.ops.self_distillation.triton_kernels import rows_kernel, scale_kernel
 from sdfast.ops.self_distillation.triton_steps import NO_LABEL_FUNCTION
@@ -84,7 +84,8 @@ def forward(
     reduced = reduction != REDUCTIONS["none"]
     value = logits.new_empty(() if reduced else (rows,), dtype=real)
     gradient = logits.new_empty((rows, classes) if want_gradient else (0,))
-    state = logits.new_empty((STATE_SIZE,), dtype=real)
+    want_state = want_stats or not want_gradient
+    state = logits.new_empty((STATE_SIZE if want_state else 0,), dtype=real)
     programs = max(1, triton.cdiv(rows, tiling(classes).rows))
     summed = reduced or want_stats
     with _device_of(logits):
@@ -94,7 +95,7 @@ def forward(
         _launch(
             programs, logits, labels, alpha, source, class_weight, row_weight, alpha_value, adaptive, label_fn,
             label_parameter, loss, ignore_index, label_smoothing, reduction=reduction, counts=counts,
-            state=state, gradient=gradient if want_gradient else None, loss_out=value,
+            state=state if want_state else None, gradient=gradient if want_gradient else None, loss_out=value,
             partials=logits.new_empty((PARTIALS, programs), dtype=real) if summed else None,
             arrivals=_arrival_counter(logits.device) if summed else None, want_stats=want_stats,
         )  # fmt: skip

@@ -7,7 +7,7 @@ whole batch in `triton_batch`.
 import triton
 import triton.language as tl
 
-from sdfast.ops.self_distillation.op import REDUCTIONS
+from sdfast.ops.self_distillation.description import REDUCTIONS
 from sdfast.ops.self_distillation.triton_batch import (
     batch_denominator,
     finish_batch,

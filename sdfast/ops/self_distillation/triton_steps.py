@@ -8,7 +8,7 @@ Switches are compile-time constants and cost nothing where they are off.
 import triton
 import triton.language as tl
 
-from sdfast.ops.self_distillation.op import LABEL_FUNCTIONS, LOSSES
+from sdfast.ops.self_distillation.description import LABEL_FUNCTIONS, LOSSES
 
 SOFTMAX = tl.constexpr(LABEL_FUNCTIONS["softmax"])
 HARDMAX = tl.constexpr(LABEL_FUNCTIONS["hardmax"])
