@@ -1,6 +1,7 @@
 """Files that are whole or not there: a run that dies while writing leaves the version before."""
 
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -9,12 +10,17 @@ from typing import BinaryIO
 def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
     """Lets `write` fill a temporary file in the same folder, then puts it in the place of `path`."""
     path = Path(path)
-    partial = path.with_name(f"{path.name}.partial")
-    with open(partial, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    # A name of its own, so that two writers cannot meet in one file; and not tempfile's, which nobody else may read.
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with open(partial, "xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     if os.name == "posix":  # the rename itself must survive a power cut too
         folder = os.open(path.parent, os.O_RDONLY)
         try:

@@ -3,14 +3,19 @@
 import argparse
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import NoReturn
 
 from sdfast import __version__
 
 # name -> (module with add_arguments and run, what it does). A module is imported when its command is asked for.
 COMMANDS = {
-    "demo": ("sdfast.experiments.demo", "train on 40 % wrong labels, with and without self-distillation"),
+    "demo": (
+        "sdfast.experiments.demo",
+        "train on labels of which 40 % were redrawn at random, with and without self-distillation",
+    ),
     "train": ("sdfast.train.command", "train a classifier on labels mixed with its own predictions"),
     "doctor": ("sdfast.doctor", "say what is installed, what runs where, and what to install for more"),
 }
@@ -44,34 +49,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = "sdfast"
     hint = ""
     try:
-        options = _parser(words).parse_args(words)
+        options = _parse(words)
         name, hint = f"sdfast {options.command}", options.when_interrupted
-        return options.run(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = partial(_warn, name)
+            return options.run(options)
     except KeyboardInterrupt:
         print(f"{name}: interrupted{hint}", file=sys.stderr)
         return 130
     except (ValueError, NotImplementedError) as error:
         return _report(name, error, 2)
-    except (OSError, FloatingPointError) as error:
+    except (OSError, FloatingPointError, RuntimeError, MemoryError) as error:
         return _report(name, error, 1)
 
 
-def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    """The options; `given` among them holds the names of those that the words themselves set."""
+    parser, chosen = _parser(words)
+    options = parser.parse_args(words)
+    if chosen is not None:
+        unset = object()
+        chosen.set_defaults(**dict.fromkeys(vars(options), unset))
+        again = vars(parser.parse_args(words))
+        options.given = frozenset(option for option, value in again.items() if value is not unset)
+    return options
+
+
+def _parser(words: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser | None]:
+    """The parser, and that of the command the words name."""
     parser = _Parser(prog="sdfast", description="Learning from a model's own predictions.")
     parser.add_argument("--version", action="version", version=f"sdfast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    chosen = None
     for command, (module_name, summary) in COMMANDS.items():
         subparser = commands.add_parser(
             command,
             help=summary.replace("%", "%%"),
-            description=f"{summary[0].upper()}{summary[1:]}.".replace("%", "%%"),
+            description=f"{summary[0].upper()}{summary[1:]}.",  # which argparse shows as it is
             formatter_class=_HelpFormatter,
         )
-        if command in words:
+        if command == next((word for word in words if word in COMMANDS), None):
             module = importlib.import_module(module_name)
             subparser.set_defaults(run=module.run, when_interrupted="")
             module.add_arguments(subparser)
-    return parser
+            chosen = subparser
+    return parser, chosen
+
+
+def _warn(name: str, message: Warning | str, *_: object, **__: object) -> None:
+    print(f"{name}: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _report(name: str, error: Exception, code: int) -> int:

@@ -179,7 +179,7 @@ def _advice(devices: list[dict[str, str]]) -> list[str]:
     if importlib.util.find_spec("triton") is None:
         advice.append("Triton kernels: pip install triton (CUDA builds of torch for Linux bring it)")
     if importlib.util.find_spec("matplotlib") is None:
-        advice.append("pictures: pip install 'sdfast[plot]'")
+        advice.append("pictures: pip install matplotlib")
     if importlib.util.find_spec("cupy") is None and on_cuda:
         advice.append("theory on the GPU: pip install 'sdfast[cuda]'")
     return advice

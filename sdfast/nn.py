@@ -128,6 +128,7 @@ class SelfDistillationLoss(nn.Module):
         elif isinstance(alpha, Tensor):
             alpha = alpha.to(device)
         label = torch.zeros(1, dtype=torch.int64, device=device)
+        # With a source: whether calls will bring one is not known yet, so none is warned that it lacks it.
         self_distillation_loss(
-            logits, label, alpha, class_weight=self.class_weight, backend="reference", **self._options()
+            logits, label, alpha, source=logits, class_weight=self.class_weight, backend="reference", **self._options()
         )

@@ -49,7 +49,7 @@ class Panel(NamedTuple):
 def why_not() -> str | None:
     """Why no picture can be drawn here, or ``None`` where one can."""
     if importlib.util.find_spec("matplotlib") is None:
-        return "matplotlib is not installed: pip install 'sdfast[plot]'"
+        return "matplotlib is not installed: pip install matplotlib"
     return None
 
 
@@ -85,30 +85,44 @@ def comparison(title: str, subtitle: str, panels: Sequence[Panel]) -> Any:
     return figure
 
 
-def training_curves(history: "History") -> Any:
-    """Loss, accuracies and α of one run over its epochs, as a matplotlib figure."""
-    figure = _new_figure(12, 3.8)
-    figure.subplots_adjust(left=0.05, right=0.985, top=0.86, bottom=0.14, wspace=0.2)
-    loss, accuracy, alpha = figure.subplots(1, 3)
+def training_curves(history: "History", subtitle: str = "", eval_name: str = "evaluation") -> Any:
+    """Loss, accuracies and the targets of one run over its epochs.
+
+    Args:
+        history: Of the run.
+        subtitle: What was trained on what; ``""`` for none.
+        eval_name: What the evaluation data are, for the legend.
+
+    Returns:
+        A matplotlib figure.
+    """
+    figure = _new_figure(13, 4.2)
+    figure.subplots_adjust(left=0.045, right=0.985, top=0.83, bottom=0.12, wspace=0.2)
+    figure.text(0.012, 0.94, subtitle, fontsize=11, color=GREY)
+    loss, accuracy, targets = figure.subplots(1, 3)
     epochs = history["epoch"]
+    marker = "o" if len(history) == 1 else None  # a line of one point is no line
     _style(loss, "Training loss")
-    loss.plot(epochs, history["loss"], color=BLUE)
+    loss.plot(epochs, history["loss"], color=BLUE, marker=marker)
     _style(accuracy, "Accuracy (%)")
     names = {
-        "accuracy": ("training, labels as given", ORANGE),
-        "clean_accuracy": ("training, true labels", GREEN),
-        "eval_accuracy": ("evaluation", BLUE),
+        "accuracy": ("train, labels as given", ORANGE),
+        "clean_accuracy": ("train, true labels", GREEN),
+        "eval_accuracy": (eval_name, BLUE),
     }
     for column, (name, color) in names.items():
         values = [math.nan if value is None else 100 * value for value in history[column]]
         if not all(map(math.isnan, values)):
-            accuracy.plot(epochs, values, color=color, label=name)
+            accuracy.plot(epochs, values, color=color, label=name, marker=marker)
     accuracy.legend(frameon=False, fontsize=9)
-    _style(alpha, "The given label in the targets")
-    alpha.plot(epochs, history["alpha"], color=VERMILLION, label="its mean weight α")
-    alpha.plot(epochs, history["agreement"], color=GREY, linestyle="--", label="share of targets it still leads")
-    alpha.set_ylim(-0.03, 1.03)
-    alpha.legend(frameon=False, fontsize=9)
+    _style(targets, "How far the targets follow the given labels")
+    weight = history["alpha"]
+    targets.plot(epochs, weight, color=VERMILLION, label="alpha: mean weight of the given label", marker=marker)
+    name = "agreement: targets led by the given label"
+    targets.plot(epochs, history["agreement"], color=GREY, linestyle="--", label=name, marker=marker)
+    finite = [value for value in weight if math.isfinite(value)]
+    targets.set_ylim(min([-0.03, *finite]), max([1.2, *finite]))  # room for the legend, and for an α outside [0, 1]
+    targets.legend(frameon=False, fontsize=9, loc="upper right")
     return figure
 
 

@@ -1,5 +1,7 @@
 """SelfDistillationLoss only forwards: the same bits as the function, options checked as it is made."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -77,3 +79,13 @@ def test_impossible_options_are_refused_as_it_is_made(options, error, message):
 
 def test_a_synchronised_alpha_needs_no_process_group_yet():
     assert SelfDistillationLoss(sdfast.AdaptiveAlpha(1.0, sync=True)).alpha.sync
+
+
+def test_a_missing_source_is_warned_of_at_the_call_and_only_there(monkeypatch):
+    monkeypatch.setattr("sdfast.ops.self_distillation.arguments._warned", False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module = SelfDistillationLoss(0.5, label_fn="softmax")
+        module(LOGITS, LABELS, source=LOGITS.flip(0))
+    with pytest.warns(UserWarning, match="with source=None"):
+        module(LOGITS, LABELS)

@@ -5,6 +5,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from sdfast import plots
+from sdfast.train import EpochRecord, History
 
 
 def panel(**options):
@@ -41,5 +42,27 @@ def test_one_epoch_can_be_drawn():
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"matplotlib is not installed: pip install 'sdfast\[plot\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"matplotlib is not installed: pip install matplotlib"):
         plots.comparison("title", "subtitle", [panel()])
+
+
+def test_a_runs_picture_says_what_it_shows():
+    records = [EpochRecord(n, 1.0 / n, 0.5, 0.75, 0.25, 0.4, 0.6, 0.1, 0.0) for n in (1, 2)]
+    figure = plots.training_curves(History(records), "digits, noise", "test")
+    assert [text.get_text() for text in figure.texts] == ["digits, noise"]
+    _, accuracy, targets = figure.axes
+    lines = {line.get_label(): line.get_ydata() for axes in (accuracy, targets) for line in axes.lines}
+    assert {name: list(values) for name, values in lines.items()} == {
+        "train, labels as given": [50, 50],
+        "train, true labels": [75, 75],
+        "test": [25, 25],
+        "alpha: mean weight of the given label": [0.4, 0.4],
+        "agreement: targets led by the given label": [0.6, 0.6],
+    }
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), 1.5, -0.5])
+def test_every_alpha_can_be_drawn(alpha):
+    figure = plots.training_curves(History([EpochRecord(1, 1.0, 0.5, None, None, alpha, 0.6, 0.1, 0.0)]))
+    low, high = figure.axes[2].get_ylim()
+    assert alpha != alpha or low <= alpha <= high

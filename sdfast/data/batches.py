@@ -1,13 +1,13 @@
 """Batches of tensors that stay on the device."""
 
-import hashlib
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sdfast import _checks
+from sdfast import _checks, _devices
+from sdfast.data.fingerprint import content_hash
 
 __all__ = ["Batches"]
 
@@ -56,7 +56,7 @@ class Batches:
             raise ValueError(f"inputs: {len(inputs)} rows make no batch of {batch_size} (drop_last={drop_last})")
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise ValueError(f"seed: got {seed!r}, wanted an integer >= 0")
-        place = inputs.device if device is None else torch.device(device)
+        place = inputs.device if device is None else _devices.usable(device)
         self.inputs = inputs.to(place)
         self.labels = labels.to(place)
         self.batch_size = batch_size
@@ -95,8 +95,4 @@ class Batches:
 
     def fingerprint(self) -> str:
         """A short hash of the tensors' contents, by which a checkpoint knows its data again."""
-        digest = hashlib.sha256()
-        for tensor in (self.inputs, self.labels):
-            digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()[:16]
+        return content_hash([self.inputs, self.labels])

@@ -1,5 +1,6 @@
 """Data sets by name, split into a training and a test part."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -34,7 +35,14 @@ DATASETS: dict[str, Callable[[float, int], Dataset]] = {}
 
 
 def register(name: str) -> Callable[[Callable[[float, int], Dataset]], Callable[[float, int], Dataset]]:
-    """Decorator: `load_dataset(name)` calls the function with (test_fraction, seed)."""
+    """Decorator: `load_dataset(name)` calls the function with (test_fraction, seed), and `DATASETS` lists it.
+
+    Args:
+        name: Of the data set; one that is there already is replaced.
+
+    Returns:
+        The decorator, which gives the function back as it is.
+    """
 
     def add(loader: Callable[[float, int], Dataset]) -> Callable[[float, int], Dataset]:
         DATASETS[name] = loader
@@ -47,7 +55,8 @@ def load_dataset(name: str, *, test_fraction: float = 0.25, seed: int = 0) -> Da
     """A data set split at random into a training and a test part.
 
     Args:
-        name: ``"digits"``: scikit-learn's 1797 images of 8×8 pixels, divided by 16, as rows of 64.
+        name: ``"digits"``: scikit-learn's 1797 images of 8×8 pixels, divided by 16, as rows of 64. `register` adds
+            others.
         test_fraction: Share of the test part, in (0, 1).
         seed: Of the split.
 
@@ -72,6 +81,9 @@ def _load_digits(test_fraction: float, seed: int) -> Dataset:
     from sklearn.model_selection import train_test_split
 
     pixels, labels = load_digits(return_X_y=True)
+    test_rows = math.ceil(test_fraction * len(labels))  # as scikit-learn rounds
+    if test_rows == len(labels):
+        raise ValueError(f"test_fraction: got {test_fraction}, which leaves no row of {len(labels)} for training")
     parts = train_test_split(pixels / 16, labels, test_size=test_fraction, random_state=seed)
     train_inputs, test_inputs = (torch.tensor(part, dtype=torch.float32) for part in parts[:2])
     train_labels, test_labels = (torch.tensor(part, dtype=torch.int64) for part in parts[2:])

@@ -16,7 +16,8 @@ class NoisyLabels(NamedTuple):
     Attributes:
         labels: The noisy labels, like those given in shape, dtype and device.
         flipped: Where they differ from those given, bool.
-        realised_rate: The share that differs: after a redraw over all classes about rate · (C − 1) / C.
+        realised_rate: The share that differs: after a redraw over all classes about rate · (C − 1) / C. Of the rows
+            kept, where `ignore_index` names others.
     """
 
     labels: Tensor
@@ -33,6 +34,7 @@ def flip_labels(
     convention: str = "all",
     transition: Tensor | None = None,
     exact: bool = False,
+    ignore_index: int | None = None,
     generator: torch.Generator | None = None,
 ) -> NoisyLabels:
     """Chooses a share of the labels and replaces them by others.
@@ -55,6 +57,7 @@ def flip_labels(
         convention: ``"all"`` or ``"others"``, for symmetric noise only.
         transition: (C, C) probabilities, each row summing to 1; for asymmetric noise, and only there.
         exact: Choose exactly round(rate · N) labels, at random, as Early-Learning Regularisation does.
+        ignore_index: Labels of this index stay as they are and count for nothing; ``None`` refuses what is no class.
         generator: Of the draws, on the CPU, so that the noise is the same wherever the labels live; ``None`` is torch's
             global one.
 
@@ -65,8 +68,10 @@ def flip_labels(
         TypeError: An argument has the wrong type or dtype.
         ValueError: A value is impossible, or options do not go together; the message names the argument.
     """
-    _check_arguments(labels, rate, num_classes, kind, convention, transition, generator)
-    clean = labels.detach().cpu().reshape(-1).to(torch.int64)
+    _check_arguments(labels, rate, num_classes, kind, convention, transition, ignore_index, generator)
+    given = labels.detach().cpu().reshape(-1).to(torch.int64)
+    kept = torch.ones(len(given), dtype=torch.bool) if ignore_index is None else given != ignore_index
+    clean = given[kept]
     if exact:
         chosen = torch.zeros(len(clean), dtype=torch.bool)
         chosen[torch.randperm(len(clean), generator=generator)[: round(rate * len(clean))]] = True
@@ -80,9 +85,9 @@ def flip_labels(
         replacement = torch.randint(num_classes, (len(clean),), generator=generator)
     else:
         replacement = (clean + torch.randint(1, num_classes, (len(clean),), generator=generator)) % num_classes
-    noisy = torch.where(chosen, replacement, clean)
-    flipped = noisy != clean
-    realised = float(flipped.double().mean()) if len(clean) else 0.0
+    noisy = given.masked_scatter(kept, torch.where(chosen, replacement, clean))
+    flipped = noisy != given
+    realised = int(flipped.sum()) / len(clean) if len(clean) else 0.0
     noisy = noisy.reshape(labels.shape).to(labels.device, labels.dtype)
     return NoisyLabels(noisy, flipped.reshape(labels.shape).to(labels.device), realised)
 
@@ -104,11 +109,14 @@ def _check_arguments(
     kind: str,
     convention: str,
     transition: Tensor | None,
+    ignore_index: object,
     generator: object,
 ) -> None:
     _checks.check_tensor("labels", labels)
     if labels.dtype not in _checks.INTEGRAL:
         raise TypeError(f"labels: got {_checks.dtype_name(labels)}, wanted integer class indices")
+    if labels.is_meta:
+        raise ValueError("labels: are on the meta device, which holds no values")
     if isinstance(rate, bool) or not isinstance(rate, int | float):
         raise TypeError(f"rate: got {type(rate).__name__}, wanted a number in [0, 1]")
     if not 0 <= rate <= 1:
@@ -117,8 +125,9 @@ def _check_arguments(
         raise TypeError(f"num_classes: got {type(num_classes).__name__}, wanted an integer")
     if num_classes < 2:
         raise ValueError(f"num_classes: got {num_classes}, wanted at least 2")
-    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-        raise ValueError(f"labels: got {int(labels.min())} to {int(labels.max())}, wanted 0 <= label < {num_classes}")
+    if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, int)):
+        raise TypeError(f"ignore_index: got {type(ignore_index).__name__}, wanted an integer or None")
+    _check_range(labels, num_classes, ignore_index)
     if num_classes - 1 > torch.iinfo(labels.dtype).max:
         raise ValueError(f"num_classes: got {num_classes}, more than {_checks.dtype_name(labels)} labels can name")
     _checks.check_option("kind", kind, ("symmetric", "asymmetric", "pair"))
@@ -137,6 +146,14 @@ def _check_arguments(
         raise ValueError(f"generator: is on {generator.device}, wanted one on the CPU, wherever the labels live")
 
 
+def _check_range(labels: Tensor, num_classes: int, ignore_index: int | None) -> None:
+    kept = labels if ignore_index is None else labels[labels != ignore_index]
+    if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < num_classes:
+        hint = "; ignore_index= keeps one of them as it is" if ignore_index is None and int(kept.min()) < 0 else ""
+        got = f"{int(kept.min())} to {int(kept.max())}"
+        raise ValueError(f"labels: got {got}, wanted 0 <= label < {num_classes}{hint}")
+
+
 def _check_transition(transition: Tensor, num_classes: int) -> None:
     _checks.check_floating("transition", transition)
     if tuple(transition.shape) != (num_classes, num_classes):
@@ -145,7 +162,8 @@ def _check_transition(transition: Tensor, num_classes: int) -> None:
             f"num_classes={num_classes}"
         )
     sums = transition.double().sum(1)
-    bad = ~((transition >= 0).all(1) & ((sums - 1).abs() <= 1e-4))
+    tolerance = max(1e-4, torch.finfo(transition.dtype).eps)  # entries rounded to halves sum to 1 no better
+    bad = ~((transition >= 0).all(1) & ((sums - 1).abs() <= tolerance))
     if bad.any():
         row = int(bad.nonzero()[0])
         raise ValueError(

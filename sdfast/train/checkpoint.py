@@ -3,69 +3,106 @@
 import os
 import pickle
 import random
-from collections.abc import Iterable, Sized
+import struct
+import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sdfast import _files
-from sdfast.data.batches import Batches
 from sdfast.train.history import History
+from sdfast.train.settings import data_settings, function_values, functions, number_of_batches, plain, value_at, within
 
 if TYPE_CHECKING:
     from sdfast.train.self_distiller import SelfDistiller
 
-FORMAT = "sdfast training 1"
+FORMAT = "sdfast training 2"
 
-# What optimizers and schedulers note down beside their settings: it follows from them.
-_DERIVED = ("initial_lr", "base_lrs", "last_epoch", "_last_lr", "_step_count")
+# What a checkpoint file is made of.
+_CONTENTS = {
+    "settings": dict, "functions": dict, "history": list, "stopped": bool, "step": int, "parts": dict, "random": dict,
+    "generators": list,
+}  # fmt: skip
+
+# All that unpacking a damaged file has been seen to raise.
+_UNREADABLE = (
+    pickle.UnpicklingError, RuntimeError, EOFError, LookupError, struct.error, OSError, ValueError, TypeError,
+    AttributeError, MemoryError, OverflowError, zipfile.BadZipFile,
+)  # fmt: skip
 
 
 class Checkpoint:
     """The file of one training: model, optimizer, scheduler, scaler, random states, loader and history.
 
     Args:
-        path: Of the file.
+        path: Of the file; its folder must be there.
         distiller: Whose state it holds.
         train: The training batches.
+        epochs: How many the training shall have.
         options: What else must be the same on resume.
 
     Raises:
+        ValueError: There is no folder for the file.
         NotImplementedError: The training has state that no file can hold.
     """
 
-    def __init__(self, path: str | os.PathLike, distiller: "SelfDistiller", train: Iterable, options: dict) -> None:
+    def __init__(
+        self, path: str | os.PathLike, distiller: "SelfDistiller", train: Iterable, epochs: int, options: dict
+    ) -> None:
         _refuse_unsaveable(train)
         self.path = Path(path)
+        if not self.path.parent.is_dir():
+            raise ValueError(f"checkpoint: the folder of {self.path} does not exist; make it first")
         self.distiller = distiller
         self.train = train
-        self.settings = {**distiller.settings, **options, **_data_settings(train)}
+        self.epochs = epochs
+        self.settings = {**distiller.settings, **options, **data_settings(train)}
+        self.functions = function_values(distiller, epochs, number_of_batches(train))
 
-    def start(self, epochs: int) -> tuple[History, bool, int]:
-        """Restores the run if the file exists, and else writes it as it is before the first epoch.
+    def start(self) -> tuple[History, bool, int]:
+        """Restores the run if the file holds one, and else writes it as it is before the first epoch.
+
+        A file with no epoch behind it holds nothing worth keeping: where it belongs to other settings, the training
+        that wrote it never got going, and it is written anew.
 
         Returns:
             The history, whether a callback had ended the training, and the steps done.
 
         Raises:
-            ValueError: The file is no checkpoint, belongs to other settings, or is further than `epochs`.
+            ValueError: The file is no checkpoint, belongs to other settings, or is further than the epochs wanted.
         """
         if not self.path.exists():
-            self.save(History(), False, 0)
-            return History(), False, 0
-        state = self._read()
-        self._compare(state["settings"])
-        history = History.from_dicts(state["history"])
-        if len(history) > epochs:
-            raise ValueError(f"epochs: got {epochs}, but the checkpoint {self.path} has {len(history)} behind it")
-        for name, part in self._parts().items():
-            part.load_state_dict(state["parts"][name])
-        _set_random_states(state["random"])
-        for generator, saved in zip(_generators(self.train), state["generators"], strict=True):
-            generator.set_state(saved)
+            return self._begin()
+        state = read(self.path)
+        try:
+            history = History.from_dicts(state["history"])
+            differences = self._differences(state)
+        except _UNREADABLE as error:
+            raise _unreadable(self.path, error) from error
+        if differences and not len(history):
+            return self._begin()
+        if differences:
+            shown = "; ".join(differences[:4]) + (f"; and {len(differences) - 4} more" if len(differences) > 4 else "")
+            raise ValueError(
+                f"checkpoint: {self.path} belongs to a training with other settings: {shown}; give it those, or name "
+                "another file"
+            )
+        if len(history) > self.epochs:
+            raise ValueError(f"epochs: got {self.epochs}, but the checkpoint {self.path} has {len(history)} behind it")
+        parts = self._parts()
+        if parts.keys() != state["parts"].keys() or len(_generators(self.train)) != len(state["generators"]):
+            raise ValueError(f"checkpoint: {self.path} is no readable checkpoint (its parts are not this training's)")
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(state["parts"][name])
+            _set_random_states(state["random"])
+            for generator, saved in zip(_generators(self.train), state["generators"], strict=True):
+                generator.set_state(saved)
+        except _UNREADABLE as error:
+            raise _unreadable(self.path, error) from error
         return history, state["stopped"], state["step"]
 
     def save(self, history: History, stopped: bool, step: int) -> None:
@@ -73,14 +110,20 @@ class Checkpoint:
         state = {
             "format": FORMAT,
             "settings": self.settings,
+            "functions": self.functions,
             "history": history.to_dicts(),
             "stopped": stopped,
             "step": step,
-            "parts": {name: part.state_dict() for name, part in self._parts().items()},
+            "parts": {name: plain(part.state_dict()) for name, part in self._parts().items()},
             "random": _random_states(self.distiller.device),
             "generators": [generator.get_state() for generator in _generators(self.train)],
         }
-        _files.write_atomically(self.path, lambda file: torch.save(state, file))
+        try:
+            _files.write_atomically(self.path, lambda file: torch.save(state, file))
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise NotImplementedError(f"checkpoint: the training's state cannot be saved: {error}") from error
+        except RuntimeError as error:
+            raise _cause(error) from None
 
     def _parts(self) -> dict[str, Any]:
         distiller = self.distiller
@@ -91,72 +134,81 @@ class Checkpoint:
             parts["train"] = self.train
         return parts
 
-    def _read(self) -> dict:
+    def _begin(self) -> tuple[History, bool, int]:
+        self.save(History(), False, 0)
         try:
-            # On the CPU: random states live there, and the parts move their own tensors.
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"checkpoint: {self.path} cannot be read as one: {reason}") from None
-        if not isinstance(state, dict) or state.get("format") != FORMAT:
-            raise ValueError(f"checkpoint: {self.path} is no checkpoint of SelfDistiller.fit in the format {FORMAT!r}")
-        return state
+            read(self.path)  # rather now than after a day of training
+        except ValueError:
+            self.path.unlink()
+            raise NotImplementedError(
+                "checkpoint: the state_dict of model, optimizer, scheduler or loader holds what cannot be read back "
+                "safely, wanted tensors, numbers, strings, lists and dictionaries"
+            ) from None
+        return History(), False, 0
 
-    def _compare(self, saved: dict) -> None:
+    def _differences(self, state: dict) -> list[str]:
         differences = []
+        saved = state["settings"]
         for name in sorted(saved.keys() | self.settings.keys()):
             then, now = saved.get(name), self.settings.get(name)
             if then != now:
-                short = name == "model" or len(f"{then}{now}") > 120
+                short = name in ("model", "train.data") or len(f"{then}{now}") > 120
                 differences.append(f"{name} differs" if short else f"{name} was {then!r} and is {now!r}")
-        if differences:
-            shown = "; ".join(differences[:4]) + (f"; and {len(differences) - 4} more" if len(differences) > 4 else "")
-            raise ValueError(f"checkpoint: {self.path} belongs to a training with other settings: {shown}")
+        steps = number_of_batches(self.train)
+        for name, function in functions(self.distiller).items():
+            for point, then in state["functions"].get(name, []):
+                # A shorter training may have no value there.
+                now = value_at(function, point) if within(name, point, self.distiller, self.epochs, steps) else then
+                if None not in (then, now) and then != now:
+                    differences.append(f"{name}({', '.join(map(str, point))}) was {then!r} and is {now!r}")
+                    break
+        return differences
 
 
-def training_settings(distiller: "SelfDistiller") -> dict[str, Any]:
-    """All that decides the course of a training besides its data."""
-    loss, model, alpha = distiller.loss, distiller.model, distiller.alpha
-    named = getattr(alpha, "__qualname__", type(alpha).__name__) if callable(alpha) else repr(alpha)
-    groups = [{**group, "params": len(group["params"])} for group in distiller.optimizer.param_groups]
-    names = ("label_fn", "temperature", "loss", "ignore_index", "label_smoothing", "backend")
-    return {
-        "alpha": named,
-        **{name: str(getattr(loss, name)) for name in names},
-        "class_weight": None if loss.class_weight is None else str(loss.class_weight.tolist()),
-        "model": str([(name, tuple(value.shape), str(value.dtype)) for name, value in model.state_dict().items()]),
-        "optimizer": type(distiller.optimizer).__name__,
-        "scheduler": None if distiller.scheduler is None else type(distiller.scheduler).__name__,
-        "scheduler_step": distiller.scheduler_step,
-        "device": distiller.device.type,
-        "amp": distiller.amp,
-        "compile": distiller.compile,
-        **_flat("optimizer", groups),
-        **_flat("scheduler", {} if distiller.scheduler is None else distiller.scheduler.state_dict()),
-    }
+def read(path: Path) -> dict[str, Any]:
+    """What is in a checkpoint file.
 
+    Args:
+        path: Of the file.
 
-def _flat(prefix: str, value: object) -> dict[str, Any]:
-    """Nested settings as one dictionary of plain values: ``{"optimizer[0].lr": 0.1}``."""
-    if isinstance(value, dict):
-        parts = [_flat(f"{prefix}.{key}", part) for key, part in value.items() if key not in _DERIVED]
-    elif isinstance(value, list | tuple):
-        parts = [_flat(f"{prefix}[{index}]", part) for index, part in enumerate(value)]
-    elif isinstance(value, Tensor):
-        return {prefix: str(value.tolist())}
-    elif value is None or isinstance(value, bool | int | float | str):
-        return {prefix: value}
-    else:
-        return {prefix: type(value).__name__}
-    return {key: leaf for part in parts for key, leaf in part.items()}
+    Returns:
+        The state that `Checkpoint.save` wrote.
 
-
-def number_of_batches(train: Iterable) -> int | None:
-    """How many batches an epoch has, where that is known: a DataLoader of a stream has a length that raises."""
+    Raises:
+        ValueError: It is none, or damaged.
+    """
     try:
-        return len(train) if isinstance(train, Sized) else None
-    except TypeError:
-        return None
+        # On the CPU: random states live there, and the parts move their own tensors.
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if torch.serialization.get_crc32_options():  # torch writes checksums, and does not look at them
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise zipfile.BadZipFile(damaged)
+    except PermissionError:
+        raise  # says it all
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ValueError(f"checkpoint: {path} is no checkpoint of SelfDistiller.fit in the format {FORMAT!r}")
+    missing = [name for name, kind in _CONTENTS.items() if type(state.get(name)) is not kind]
+    if missing:
+        raise ValueError(f"checkpoint: {path} is no readable checkpoint (it lacks {', '.join(missing)})")
+    return state
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What the file system said, where torch's writer stopped with an error of its own on top of it."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return cause or error
+
+
+def _unreadable(path: Path, error: BaseException) -> ValueError:
+    """Without torch's own words, which advise to load what the file cannot be trusted with."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
+    return ValueError(f"checkpoint: {path} is no readable checkpoint ({reason}); delete it to start anew")
 
 
 def _refuse_unsaveable(train: Iterable) -> None:
@@ -187,19 +239,6 @@ def _generators(train: Iterable) -> list[torch.Generator]:
     )
     found = {id(owner.generator): owner.generator for owner in owners if hasattr(owner, "generator")}
     return [generator for generator in found.values() if isinstance(generator, torch.Generator)]
-
-
-def _data_settings(train: Iterable) -> dict[str, Any]:
-    described: dict[str, Any] = {"train": type(train).__name__, "train.batches": number_of_batches(train)}
-    names = ("batch_size", "drop_last", "shuffle", "seed", "num_workers")
-    described |= {f"train.{name}": getattr(train, name) for name in names if hasattr(train, name)}
-    if isinstance(train, Batches):
-        described["train.data"] = train.fingerprint()
-    elif hasattr(train, "sampler"):
-        described["train.sampler"] = type(train.sampler).__name__
-        if isinstance(getattr(train, "dataset", None), Sized):
-            described["train.rows"] = len(train.dataset)  # type: ignore[attr-defined]
-    return described
 
 
 def _random_states(device: torch.device) -> dict[str, Any]:

@@ -2,7 +2,11 @@
 
 import argparse
 import json
+import os
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +17,17 @@ from sdfast import _dispatch, _files, plots, report
 from sdfast.data import DATASETS, Batches, Dataset, NoisyLabels, flip_labels, load_dataset
 from sdfast.models import mlp
 from sdfast.ops.self_distillation import AdaptiveAlpha
+from sdfast.ops.self_distillation.arguments import is_no_op
 from sdfast.ops.self_distillation.description import LOSSES
+from sdfast.train.checkpoint import read
+from sdfast.train.flags import SETTINGS, check_arguments, describe, named_as_flags, settings_of, take_settings
 from sdfast.train.history import History, strict_number
 from sdfast.train.self_distiller import AMP_DTYPES, SelfDistiller
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # not POSIX
+    fcntl = None  # type: ignore[assignment]
 
 LABEL_FUNCTIONS = ("hardmax", "softmax", "identity")
 
@@ -47,7 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loss = parser.add_argument_group("loss")
     alpha = loss.add_mutually_exclusive_group()
     alpha.add_argument(
-        "--alpha-ratio", type=float, metavar="RATIO", help="1 - alpha = RATIO * batch accuracy (1.0 without --alpha)"
+        "--alpha-ratio",
+        type=float,
+        metavar="RATIO",
+        help="1 - alpha = RATIO * batch accuracy, clipped to [0, 1]; without --alpha and --alpha-ratio it is 1.0",
     )
     alpha.add_argument("--alpha", type=float, help="constant weight of the given label; 1 is plain training")
     loss.add_argument("--label-fn", choices=LABEL_FUNCTIONS, default="hardmax", help="what a prediction becomes")
@@ -57,7 +72,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loss.add_argument("--backend", choices=_dispatch.BACKENDS, help="of the loss; by default the best available")
 
     training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=int, default=100, help="passes over the training data")
+    training.add_argument(
+        "--epochs",
+        type=int,
+        default=100,
+        help="passes over the training data; --resume can make a run longer with --schedule constant only",
+    )
     training.add_argument("--batch-size", type=int, default=128, help="rows in a step")
     training.add_argument("--lr", type=float, default=0.1, help="learning rate of SGD")
     training.add_argument("--momentum", type=float, default=0.9, help="of SGD")
@@ -71,64 +91,102 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     output = parser.add_argument_group("output")
     output.add_argument("--output", type=Path, default=Path("sdfast-run"), help="folder of the run")
-    output.add_argument("--resume", action="store_true", help="continue the run in that folder, if there is one")
+    output.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the run in that folder, with its settings; if there is none, start it",
+    )
     output.add_argument("--json", action="store_true", help="print the summary as one JSON document, not as a table")
     output.add_argument("--no-progress", action="store_true", help="show no progress bar")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Trains, prints the summary and fills the output folder."""
-    _check_arguments(arguments)
+    if arguments.output.exists() and not arguments.output.is_dir():
+        raise ValueError(f"--output: {arguments.output} is a file, wanted a folder")
     checkpoint = arguments.output / "checkpoint.pt"
-    if checkpoint.exists() and not arguments.resume:
-        raise ValueError(f"--output: {arguments.output} holds a run; add --resume to continue it or name another")
-    data = load_dataset(arguments.dataset, test_fraction=arguments.test_fraction, seed=arguments.seed)
-    noise = _noisy_labels(arguments, data)
-    distiller = _distiller(arguments, data)
-    seed, device = arguments.seed, distiller.device
-    train = Batches(data.train_inputs, noise.labels, arguments.batch_size, seed=seed, device=device, with_indices=True)
-    test = Batches(data.test_inputs, data.test_labels, 4096, shuffle=False, device=device)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    settings = _settings(arguments)
-    if not checkpoint.exists():
-        _files.write_text(arguments.output / "settings.json", json.dumps(settings, indent=1) + "\n")
-    try:
-        history = distiller.fit(
-            train,
-            arguments.epochs,
-            eval=test,
-            checkpoint=checkpoint,
-            progress=not arguments.no_progress,
-            clean_labels=data.train_labels,
+    # A run that failed in its first epoch has left a checkpoint of none, which stands in nobody's way.
+    epochs_done = len(read(checkpoint)["history"]) if checkpoint.exists() else 0
+    if epochs_done and not arguments.resume:
+        raise ValueError(
+            f"--output: {arguments.output} holds a run of {epochs_done} epochs; add --resume to continue it, or name "
+            "another folder"
         )
+    if arguments.resume:
+        take_settings(arguments, epochs_done)
+    check_arguments(arguments)
+    with named_as_flags():
+        data = load_dataset(arguments.dataset, test_fraction=arguments.test_fraction, seed=arguments.seed)
+        noise = _noisy_labels(arguments, data)
+        distiller = _distiller(arguments, data)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    with _locked(arguments.output):
+        return _run(arguments, data, noise, distiller)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds a folder against a second run in it, where the system has such locks; a run that dies lets go of it."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--output: another sdfast train is at work in {folder}") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _run(arguments: argparse.Namespace, data: Dataset, noise: NoisyLabels, distiller: SelfDistiller) -> int:
+    settings = settings_of(arguments)
+    _files.write_text(arguments.output / SETTINGS, json.dumps(settings, indent=1) + "\n")
+    _say_if_no_op(arguments)
+    try:
+        history = _fit(arguments, distiller, data, noise)
     except FloatingPointError as error:
-        _write(arguments.output, settings, error.history)  # type: ignore[attr-defined]  # what led there is worth a look
-        raise
-    _write(arguments.output, settings, history)
+        _write(arguments, settings, error.history)  # type: ignore[attr-defined]  # what led there is worth a look
+        last = error.history.last  # type: ignore[attr-defined]
+        raise FloatingPointError(
+            f"the loss of epoch {last.epoch} is {last.loss}: lower --lr, which is {arguments.lr:g}; the epochs so far "
+            f"are in {arguments.output / 'history.csv'}"
+        ) from None
+    _files.write_atomically(
+        arguments.output / "model.pt", lambda file: torch.save(distiller.model.cpu().state_dict(), file)
+    )
+    _write(arguments, settings, history)
     _print_summary(arguments, settings, noise, history)
     return 0
 
 
-def _check_arguments(arguments: argparse.Namespace) -> None:
-    """Refuses what the parts below would refuse in words that are not the command's."""
-    for name in ("epochs", "batch_size"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: got {getattr(arguments, name)}, wanted at least 1")
-    for name in ("lr", "momentum", "weight_decay"):
-        value = getattr(arguments, name)
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"--{name.replace('_', '-')}: got {value}, wanted a finite number >= 0")
-    for name in ("noise", "alpha", "label_smoothing"):
-        value = getattr(arguments, name)
-        unbounded = name == "alpha" and arguments.loss == "mse"
-        if value is not None and not unbounded and not 0 <= value <= 1:
-            raise ValueError(f"--{name.replace('_', '-')}: got {value}, wanted within [0, 1]")
-    if any(width < 1 for width in arguments.hidden):
-        raise ValueError(f"--hidden: got {arguments.hidden}, wanted widths of at least 1")
-    if arguments.noise_kind == "asymmetric" and arguments.noise_transition is None:
-        raise ValueError("--noise-transition: asymmetric noise wants a file with its matrix")
-    if arguments.output.exists() and not arguments.output.is_dir():
-        raise ValueError(f"--output: {arguments.output} is a file, wanted a folder")
+def _fit(arguments: argparse.Namespace, distiller: SelfDistiller, data: Dataset, noise: NoisyLabels) -> History:
+    seed, device = arguments.seed, distiller.device
+    train = Batches(data.train_inputs, noise.labels, arguments.batch_size, seed=seed, device=device, with_indices=True)
+    test = Batches(data.test_inputs, data.test_labels, 4096, shuffle=False, device=device)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="self_distillation_loss: with source=None")  # said by _say_if_no_op
+        return distiller.fit(
+            train,
+            arguments.epochs,
+            eval=test,
+            checkpoint=arguments.output / "checkpoint.pt",
+            progress=not arguments.no_progress,
+            clean_labels=data.train_labels,
+        )
+
+
+def _say_if_no_op(arguments: argparse.Namespace) -> None:
+    plain = arguments.alpha == 1 or arguments.alpha_ratio == 0
+    if not plain and is_no_op(arguments.label_fn, arguments.temperature, arguments.loss, None):
+        print(
+            f"sdfast train: warning: --label-fn {arguments.label_fn} with --loss {arguments.loss} is plain training at "
+            "alpha times the learning rate: the model's own predictions teach it nothing; use --label-fn hardmax"
+            + (" or a --temperature below 1" if arguments.label_fn == "softmax" else ""),
+            file=sys.stderr,
+        )
 
 
 def _noisy_labels(arguments: argparse.Namespace, data: Dataset) -> NoisyLabels:
@@ -137,7 +195,11 @@ def _noisy_labels(arguments: argparse.Namespace, data: Dataset) -> NoisyLabels:
         if not arguments.noise_transition.is_file():
             raise ValueError(f"--noise-transition: there is no file {arguments.noise_transition}")
         try:
-            matrix = np.loadtxt(arguments.noise_transition, delimiter=_delimiter(arguments.noise_transition), ndmin=2)
+            text = arguments.noise_transition.read_text(encoding="utf-8")
+            if not text.strip():
+                raise ValueError("is empty")
+            delimiter = "," if "," in text.partition("\n")[0] else None
+            matrix = np.loadtxt(text.splitlines(), delimiter=delimiter, ndmin=2)
         except ValueError as error:
             raise ValueError(f"--noise-transition: {arguments.noise_transition}: {error}") from None
         transition = torch.from_numpy(matrix)
@@ -153,10 +215,6 @@ def _noisy_labels(arguments: argparse.Namespace, data: Dataset) -> NoisyLabels:
     )
 
 
-def _delimiter(path: Path) -> str | None:
-    return "," if "," in path.read_text(encoding="utf-8").partition("\n")[0] else None
-
-
 def _distiller(arguments: argparse.Namespace, data: Dataset) -> SelfDistiller:
     torch.manual_seed(arguments.seed)
     model = mlp((data.train_inputs[0].numel(), *arguments.hidden, data.num_classes))
@@ -166,9 +224,7 @@ def _distiller(arguments: argparse.Namespace, data: Dataset) -> SelfDistiller:
     scheduler = None
     if arguments.schedule == "cosine":
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, arguments.epochs)
-    alpha: float | AdaptiveAlpha = arguments.alpha
-    if alpha is None:
-        alpha = AdaptiveAlpha(1.0 if arguments.alpha_ratio is None else arguments.alpha_ratio)
+    alpha = AdaptiveAlpha(arguments.alpha_ratio) if arguments.alpha is None else arguments.alpha
     return SelfDistiller(
         model,
         optimizer,
@@ -185,19 +241,13 @@ def _distiller(arguments: argparse.Namespace, data: Dataset) -> SelfDistiller:
     )
 
 
-def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options that decide the result, as they were given."""
-    rest = ("command", "run", "when_interrupted", "output", "resume", "json", "no_progress")
-    values = {name: value for name, value in vars(arguments).items() if name not in rest}
-    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
-
-
-def _write(folder: Path, settings: dict[str, Any], history: History) -> None:
+def _write(arguments: argparse.Namespace, settings: dict[str, Any], history: History) -> None:
+    folder = arguments.output
     history.to_json(folder / "history.json")
     history.to_csv(folder / "history.csv")
     reason = plots.why_not()
     if reason is None:
-        history.plot(folder / "curves.png")
+        history.plot(folder / "curves.png", subtitle=describe(settings), eval_name="test")
     else:
         print(f"sdfast train: no picture: {reason}", file=sys.stderr)
 

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex, overload
 
 from sdfast import _files
 
@@ -41,7 +41,10 @@ class EpochRecord(NamedTuple):
 
 
 class History:
-    """The records of a run, oldest first; ``history["eval_accuracy"]`` is that column as a list.
+    """The records of a run, oldest first.
+
+    ``history["eval_accuracy"]`` is that column as a list, ``history[-1]`` the last record, ``history[:10]`` the history
+    of the first ten epochs.
 
     Args:
         records: The epochs so far.
@@ -56,7 +59,20 @@ class History:
     def __iter__(self) -> Iterator[EpochRecord]:
         return iter(self.records)
 
-    def __getitem__(self, column: str) -> list:
+    @overload
+    def __getitem__(self, column: str) -> list: ...
+
+    @overload
+    def __getitem__(self, column: SupportsIndex) -> EpochRecord: ...
+
+    @overload
+    def __getitem__(self, column: slice) -> "History": ...
+
+    def __getitem__(self, column: str | SupportsIndex | slice) -> "list | EpochRecord | History":
+        if isinstance(column, slice):
+            return History(self.records[column])
+        if isinstance(column, SupportsIndex):
+            return self.records[column]
         if column not in EpochRecord._fields:
             raise KeyError(f"got {column!r}, wanted one of {', '.join(EpochRecord._fields)}")
         return [getattr(record, column) for record in self.records]
@@ -92,10 +108,10 @@ class History:
         Raises:
             ValueError: No epoch was evaluated.
         """
-        evaluated = [record for record in self.records if record.eval_accuracy is not None]
+        evaluated = [record for record in self.records if math.isfinite(_number(record.eval_accuracy))]
         if not evaluated:
             raise ValueError("history: no epoch was evaluated, so none is best; pass eval= to fit")
-        return max(evaluated, key=lambda record: record.eval_accuracy or 0.0)
+        return max(evaluated, key=lambda record: _number(record.eval_accuracy))
 
     def to_dicts(self) -> list[dict]:
         """One dictionary an epoch."""
@@ -127,8 +143,13 @@ class History:
         writer.writerows(self.records)
         _files.write_text(path, text.getvalue())
 
-    def plot(self, path: str | os.PathLike) -> None:
+    def plot(self, path: str | os.PathLike, *, subtitle: str = "", eval_name: str = "evaluation") -> None:
         """Draws loss, accuracies and α over the epochs as a PNG; needs matplotlib.
+
+        Args:
+            path: Of the PNG.
+            subtitle: What was trained on what, above the panels.
+            eval_name: What the evaluation data are, for the legend: ``"test"``.
 
         Raises:
             ValueError: There is no epoch to draw.
@@ -137,7 +158,11 @@ class History:
 
         if not self.records:
             raise ValueError("history: has no epoch, so there is nothing to plot")
-        plots.save(plots.training_curves(self), path)
+        plots.save(plots.training_curves(self, subtitle, eval_name), path)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def strict_number(value: float | int | None) -> float | int | str | None:

@@ -12,12 +12,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
-from sdfast import _checks
+from sdfast import _checks, _devices, _dispatch
+from sdfast.data.batches import Batches
 from sdfast.nn import SelfDistillationLoss
 from sdfast.ops.self_distillation import AdaptiveAlpha, ClipLabel
 from sdfast.ops.self_distillation.reference import batch_accuracy
-from sdfast.train.checkpoint import Checkpoint, number_of_batches, training_settings
+from sdfast.train.checkpoint import Checkpoint
 from sdfast.train.history import EpochRecord, History
+from sdfast.train.settings import number_of_batches, training_settings
 
 __all__ = ["SelfDistiller"]
 
@@ -49,7 +51,8 @@ class SelfDistiller:
         scheduler: A torch scheduler of the learning rate.
         scheduler_step: After which the scheduler steps: ``"epoch"`` or ``"step"``.
         device: Where to train; ``None`` is where the model is.
-        amp: ``"bfloat16"`` or ``"float16"`` (with a GradScaler; on GPUs only) for automatic mixed precision.
+        amp: ``"bfloat16"`` or ``"float16"`` (with a GradScaler; on GPUs only) for automatic mixed precision, or that
+            torch.dtype.
         compile: Train and evaluate through ``torch.compile(model)``.
 
     Raises:
@@ -74,16 +77,13 @@ class SelfDistiller:
         scheduler: LRScheduler | None = None,
         scheduler_step: str = "epoch",
         device: torch.device | str | None = None,
-        amp: str | None = None,
+        amp: str | torch.dtype | None = None,
         compile: bool = False,
     ) -> None:
         _check_parts(model, optimizer, scheduler)
         _checks.check_option("scheduler_step", scheduler_step, ("epoch", "step"))
-        self.device = _training_device(device, model)
-        if amp is not None:
-            _checks.check_option("amp", amp, AMP_DTYPES)
-            if amp == "float16" and self.device.type == "cpu":
-                raise NotImplementedError("amp: got 'float16' on the CPU, which has no use for it; use 'bfloat16'")
+        self.device = next(model.parameters()).device if device is None else _devices.usable(device)
+        self.amp = _amp_name(amp, self.device)
         self.loss = SelfDistillationLoss(
             1.0 if callable(alpha) else alpha,
             label_fn=label_fn,
@@ -95,14 +95,15 @@ class SelfDistiller:
             return_stats=True,
             backend=backend,
         ).to(self.device)
+        if backend is not None:
+            _dispatch.choose(backend, self.device.type)  # refuses one that cannot serve the device, before any work
         self.alpha = alpha
         self.model = model.to(self.device)
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.scheduler_step = scheduler_step
-        self.amp = amp
         self.compile = compile
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "float16")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == "float16")
         self._forward = torch.compile(self.model) if compile else self.model
         # As they are now: a checkpoint compares them with those of the run it continues.
         self.settings = training_settings(self)
@@ -121,6 +122,9 @@ class SelfDistiller:
     ) -> History:
         """Trains for a number of epochs.
 
+        A model in evaluation mode trains in training mode; one in training mode trains as it is, with what is frozen in
+        evaluation mode (a BatchNorm) left so. Afterwards each module is in the mode it was in.
+
         Args:
             train: Any iterable of (inputs, labels) or (inputs, labels, indices) that can be passed over once an epoch:
                 `sdfast.data.Batches`, a torch DataLoader, a list. Its ``set_epoch``, or its sampler's, is called.
@@ -131,6 +135,7 @@ class SelfDistiller:
             checkpoint: A file written before the first epoch and after each. Where it exists the training continues
                 from it, and ends with bitwise the weights of an uninterrupted run on the same machine and thread count,
                 if the batches of an epoch depend on torch's, NumPy's and Python's random states and the epoch alone.
+                Other settings are refused; docs/training.md says what is compared, and what is not.
             progress: Show a progress bar on a terminal.
             clean_labels: (N, ...) true labels of all training rows, to measure against; the batches must carry indices.
             allow_nan: Go on when the training loss is not finite.
@@ -151,24 +156,31 @@ class SelfDistiller:
             _check_batches(name, batches)
         if clean_labels is not None:
             _checks.check_tensor("clean_labels", clean_labels)
+            _check_clean_rows(clean_labels, train)
             clean_labels = clean_labels.to(self.device)
         history, stopped, step = History(), False, 0
         saved = None
         if checkpoint is not None:
-            saved = Checkpoint(checkpoint, self, train, {"eval": eval is not None})
-            history, stopped, step = saved.start(epochs)
-        was_training = self.model.training
+            saved = Checkpoint(checkpoint, self, train, epochs, {"eval": eval is not None})
+            history, stopped, step = saved.start()
+        modes = _modes(self.model)
+        if not self.model.training:
+            self.model.train()
+        training_modes = _modes(self.model)  # what its owner froze stays frozen
         steps = number_of_batches(train)
         total = None if steps is None else steps * epochs
         with tqdm(total=total, initial=step, unit="step", disable=None if progress else True) as bar:
             try:
                 for epoch in range(len(history), 0 if stopped else epochs):
                     began = time.perf_counter()
+                    _set_modes(training_modes)
                     rate = float(self.optimizer.param_groups[0]["lr"])
                     sums, step = self._train_epoch(train, epoch, step, clean_labels, bar)
                     accuracy = None if eval is None else self.evaluate(eval)
                     history.append(_record(epoch, sums, clean_labels is not None, accuracy, rate, began))
                     bar.set_postfix_str(_postfix(history.last, epochs), refresh=False)
+                    if not sums[0] and not allow_nan:
+                        raise ValueError(f"train: no row of epoch {epoch + 1} counts: its labels are all ignore_index")
                     if not math.isfinite(history.last.loss) and not allow_nan:
                         raise _not_finite(history)
                     votes = [callback(self, history) is True for callback in callbacks]
@@ -178,7 +190,7 @@ class SelfDistiller:
                     if stopped:
                         break
             finally:
-                self.model.train(was_training)
+                _set_modes(modes)
         return history
 
     def evaluate(self, batches: Iterable) -> float:
@@ -189,8 +201,11 @@ class SelfDistiller:
 
         Returns:
             The share of rows whose largest logit is their label's, rows with the ignored label left out.
+
+        Raises:
+            ValueError: There is no row to count.
         """
-        was_training = self.model.training
+        modes = _modes(self.model)
         self.model.eval()
         counts = torch.zeros(2, dtype=torch.int64, device=self.device)  # correct, kept
         try:
@@ -200,15 +215,16 @@ class SelfDistiller:
                         logits = self._forward(inputs)
                     counts += torch.stack(self._correct(logits, labels))
         finally:
-            self.model.train(was_training)
+            _set_modes(modes)
         correct, kept = counts.tolist()
-        return correct / kept if kept else math.nan
+        if not kept:
+            raise ValueError("eval: gave no row that counts, so there is no accuracy")
+        return correct / kept
 
     def _train_epoch(
         self, train: Iterable, epoch: int, step: int, clean_labels: Tensor | None, bar: tqdm
     ) -> tuple[list[float], int]:
         """One pass over `train`: rows kept, the sums of `_SUMS`, clean (correct, known) rows; and the step reached."""
-        self.model.train()
         ordered = train if hasattr(train, "set_epoch") else getattr(train, "sampler", None)
         set_epoch = getattr(ordered, "set_epoch", None)
         if set_epoch is not None:
@@ -218,6 +234,8 @@ class SelfDistiller:
         first = step
         for inputs, labels, indices in self._on_device(train, "train"):
             alpha = self.alpha(epoch, step) if callable(self.alpha) else self.alpha
+            if alpha is None:
+                raise TypeError(f"alpha: the function gave None for epoch {epoch}, step {step}, wanted a number")
             self.optimizer.zero_grad()
             with self._autocast():
                 logits = self._forward(inputs)
@@ -263,7 +281,16 @@ class SelfDistiller:
     def _kept(self, labels: Tensor, logits: Tensor) -> Tensor | int:
         if labels.is_floating_point():
             return logits.numel() // logits.shape[-1]
-        return (labels != self.loss.ignore_index).sum()
+        return (labels.to(torch.int64) != self.loss.ignore_index).sum()  # uint8 would wrap -100 to a class
+
+
+def _modes(model: nn.Module) -> list[tuple[nn.Module, bool]]:
+    return [(module, module.training) for module in model.modules()]
+
+
+def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
+    for module, training in modes:
+        module.training = training
 
 
 def _clean_rows(clean_labels: Tensor, indices: Tensor | None) -> Tensor:
@@ -272,7 +299,25 @@ def _clean_rows(clean_labels: Tensor, indices: Tensor | None) -> Tensor:
             "clean_labels: the batches of train carry no indices to look them up by; use Batches(…, with_indices=True) "
             "or a data set of (inputs, label, index)"
         )
-    return clean_labels[indices]
+    try:
+        return clean_labels[indices]
+    except IndexError:  # on the CPU; a GPU would have to be asked in every step
+        first, last = int(indices.min()), int(indices.max())
+        raise ValueError(
+            f"clean_labels: has {len(clean_labels)} rows, but a batch carries indices {first} to {last}"
+        ) from None
+
+
+def _check_clean_rows(clean_labels: Tensor, train: Iterable) -> None:
+    """Refuses too few rows where the data say how many there are; indices of a subset may reach further."""
+    data = train.inputs if isinstance(train, Batches) else getattr(train, "dataset", None)
+    try:
+        rows = len(data) if isinstance(data, Sized) else 0
+    except TypeError:  # a stream
+        rows = 0
+    if clean_labels.dim() == 0 or len(clean_labels) < rows:
+        shape = _checks.shape_text(clean_labels)
+        raise ValueError(f"clean_labels: got shape {shape}, wanted a row for each of the {rows} of train")
 
 
 def _record(
@@ -332,12 +377,12 @@ def _check_batches(name: str, batches: object) -> None:
         )
 
 
-def _training_device(device: torch.device | str | None, model: nn.Module) -> torch.device:
-    if device is None:
-        return next(model.parameters()).device
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:  # torch's own for a device that is not there
-        raise ValueError(f"device: got {str(device)!r}: {str(error).splitlines()[0]}") from None
-    return chosen
+def _amp_name(amp: str | torch.dtype | None, device: torch.device) -> str | None:
+    if amp is None:
+        return None
+    names = {dtype: name for name, dtype in AMP_DTYPES.items()}
+    name = names.get(amp, str(amp)) if isinstance(amp, torch.dtype) else amp
+    _checks.check_option("amp", name, AMP_DTYPES)
+    if name == "float16" and device.type == "cpu":
+        raise NotImplementedError("amp: got 'float16' on the CPU, which has no use for it; use 'bfloat16'")
+    return name

@@ -88,3 +88,9 @@ def test_bad_input(arguments, options, error, message):
 def test_a_bad_epoch():
     with pytest.raises(ValueError, match="epoch: got -1, wanted an integer >= 0"):
         some().set_epoch(-1)
+
+
+@pytest.mark.parametrize("device", ["foo", "meta", "cpu:x"])
+def test_a_device_that_is_not_there_is_named(device):
+    with pytest.raises(ValueError, match=f"device: got '{device}', which torch cannot compute on here"):
+        Batches(torch.zeros(3, 2), torch.zeros(3), 2, device=device)

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from sdfast.data import DATASETS, Dataset, load_dataset
-from sdfast.data.datasets import register
+from sdfast.data import DATASETS, Dataset, load_dataset, register
 
 
 def test_digits_are_split_once_and_scaled():
@@ -41,6 +40,7 @@ def test_a_registered_data_set_is_found(monkeypatch):
     [
         ("mnist", {}, "name: got 'mnist', wanted one of 'digits'"),
         ("digits", {"test_fraction": 1}, "test_fraction: got 1, wanted a number in (0, 1)"),
+        ("digits", {"test_fraction": 0.9999}, "test_fraction: got 0.9999, which leaves no row of 1797 for training"),
         ("digits", {"seed": -1}, "seed: got -1, wanted an integer in [0, 2**32)"),
     ],
 )

@@ -148,3 +148,44 @@ def test_bad_input(changes, error, message):
         flip_labels(**{**GOOD, **changes})
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric", "pair"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_ignored_labels_stay_and_count_for_nothing(kind, exact):
+    labels = torch.arange(40_000).reshape(2, -1) % 5
+    holes = labels.clone()
+    holes[:, ::2] = -100
+    options = {"convention": "others"} if kind == "symmetric" else {}
+    options |= {"transition": CIRCLE} if kind == "asymmetric" else {}
+    noise = flip_labels(holes, 0.3, 5, kind, exact=exact, ignore_index=-100, generator=seeded(), **options)
+    assert (noise.labels[:, ::2] == -100).all()
+    assert not noise.flipped[:, ::2].any()
+    assert noise.realised_rate == pytest.approx(0.3, abs=0 if exact else 0.02)
+    assert int(noise.flipped.sum()) == noise.realised_rate * 20_000
+    wanted = flip_labels(labels[:, 1::2], 0.3, 5, kind, exact=exact, generator=seeded(), **options)
+    assert torch.equal(noise.labels[:, 1::2], wanted.labels)
+
+
+def test_labels_that_are_no_class_are_refused_with_the_way_out():
+    holes = torch.tensor([0, -100, 3])
+    with pytest.raises(ValueError, match=r"labels: got -100 to 3, wanted 0 <= label < 4; ignore_index= keeps one"):
+        flip_labels(holes, 0.3, 4)
+    with pytest.raises(ValueError, match=r"labels: got 0 to 3, wanted 0 <= label < 3$"):
+        flip_labels(holes, 0.3, 3, ignore_index=-100)
+    with pytest.raises(TypeError, match=r"ignore_index: got float, wanted an integer or None"):
+        flip_labels(holes, 0.3, 4, ignore_index=-100.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_rounded_transition_is_taken(dtype):
+    weights = torch.rand(20, 7, 7, generator=seeded(), dtype=torch.float64)
+    for matrix in weights / weights.sum(-1, keepdim=True):
+        flip_labels(torch.arange(7), 0.5, 7, "asymmetric", transition=matrix.to(dtype))
+    with pytest.raises(ValueError, match="transition: row 0 sums to 1"):
+        flip_labels(torch.arange(7), 0.5, 7, "asymmetric", transition=(1.05 * matrix).to(dtype))
+
+
+def test_labels_without_values_are_refused():
+    with pytest.raises(ValueError, match="labels: are on the meta device, which holds no values"):
+        flip_labels(torch.zeros(3, dtype=torch.int64, device="meta"), 0.5, 4)

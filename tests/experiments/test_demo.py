@@ -1,6 +1,7 @@
 """The demo: what it writes, that its runs differ in α alone, and that it shows what it says."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -69,3 +70,24 @@ def test_leaves_the_number_of_threads_as_it_was():
     finally:
         torch.set_num_threads(before)
     assert results["environment"]["threads"] == 1
+
+
+def test_what_happens_once_a_process_is_in_no_runs_seconds(monkeypatch):
+    first = []
+
+    def train_once(alpha, seed, epochs, callback):
+        if alpha not in first:
+            first.append(alpha)
+            time.sleep(0.2)
+        return original(alpha, seed, epochs, callback)
+
+    original = demo.train_once
+    monkeypatch.setattr(demo, "train_once", train_once)
+    runs = demo.run_demo(seeds=1, epochs=1, progress=False)["runs"]
+    assert len(first) == 2
+    assert all(len(each) == 1 and each[0]["seconds"] < 0.2 for each in runs.values())
+
+
+def test_the_noise_is_called_redrawn_and_never_the_rate_of_wrong_labels(capfd, tmp_path):
+    assert main(["demo", "--seeds", "1", "--epochs", "1", "--output", str(tmp_path)]) == 0
+    assert "40 % of the training labels redrawn at random, 37 % wrong" in capfd.readouterr().out

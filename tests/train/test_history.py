@@ -23,7 +23,10 @@ def test_columns_last_and_best():
     history = example()
     assert history["loss"] == [2.5, 1.0, 0.5]
     assert history["clean_accuracy"] == [None] * 3
-    assert history.last.epoch == 3
+    assert history.last.epoch == history[-1].epoch == 3
+    assert history[:2] == History(list(history)[:2])
+    with pytest.raises(IndexError):
+        history[3]
     assert history.best.epoch == 2  # the first of the best
     assert [record.epoch for record in history] == [1, 2, 3]
     assert repr(history) == "History(3 epochs, last: loss=0.5, accuracy=0.625, eval_accuracy=0.75)"
@@ -36,6 +39,13 @@ def test_best_wants_evaluations():
     history = History([EpochRecord(1, 2.5, 0.25, None, None, 1.0, 0.75, 0.1, 0.01)])
     with pytest.raises(ValueError, match="no epoch was evaluated"):
         _ = history.best
+
+
+def test_best_is_a_number():
+    records = [record._replace(eval_accuracy=math.nan) for record in example()]
+    with pytest.raises(ValueError, match="no epoch was evaluated"):
+        _ = History(records).best
+    assert History([records[0], *example()]).best.eval_accuracy == 0.75
 
 
 def test_json_comes_back_as_it_was(tmp_path):

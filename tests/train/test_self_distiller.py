@@ -247,14 +247,13 @@ def test_binary_labels_of_one_output():
     assert history.last.eval_accuracy > 0.9
 
 
-def test_bfloat16_is_autocast():
+@pytest.mark.parametrize("amp", ["bfloat16", torch.bfloat16])
+def test_bfloat16_is_autocast(amp):
     seen = []
     model, optimizer = parts()
     model.register_forward_hook(lambda module, _, logits: seen.append(logits.dtype))
     inputs, _, clean = toy()
-    _, history = fit(
-        epochs=15, eval=[(inputs, clean)], model_and_optimizer=(model, optimizer), amp="bfloat16", alpha=0.6
-    )
+    _, history = fit(epochs=15, eval=[(inputs, clean)], model_and_optimizer=(model, optimizer), amp=amp, alpha=0.6)
     assert set(seen) == {torch.bfloat16}
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     assert history.last.eval_accuracy > 0.8
@@ -332,8 +331,12 @@ FOREIGN = torch.optim.lr_scheduler.StepLR(ADAM_OF_OTHERS, 1)
         ({"scheduler": PLATEAU}, NotImplementedError, "scheduler: ReduceLROnPlateau wants a figure at each step"),
         ({"scheduler_step": "batch"}, ValueError, "scheduler_step: got 'batch', wanted one of 'epoch', 'step'"),
         ({"amp": "int8"}, ValueError, "amp: got 'int8', wanted one of 'bfloat16', 'float16'"),
+        ({"amp": torch.int8}, ValueError, "amp: got 'torch.int8', wanted one of 'bfloat16', 'float16'"),
+        ({"amp": torch.float16}, NotImplementedError, "amp: got 'float16' on the CPU"),
+        ({"backend": "cuda"}, NotImplementedError, "backend='cuda': "),
         ({"amp": "float16"}, NotImplementedError, "amp: got 'float16' on the CPU"),
-        ({"device": "gpu"}, ValueError, "device: got 'gpu': "),
+        ({"device": "gpu"}, ValueError, "device: got 'gpu', which torch cannot compute on here"),
+        ({"device": "meta"}, ValueError, "device: got 'meta', which torch cannot compute on here"),
         ({"alpha": -0.1}, ValueError, "alpha: got -0.1, wanted within [0, 1]"),
         ({"alpha": math.nan}, ValueError, "alpha: got nan, wanted a finite number"),
         ({"alpha": "adaptive"}, TypeError, "alpha: got str"),
@@ -424,3 +427,62 @@ def test_no_step_on_a_gpu_waits_for_it(amp):
     inputs, labels, clean = toy()
     train = Batches(inputs, labels, 16, device="cuda", with_indices=True)
     fit(Watched(train), 2, clean_labels=clean, alpha=sdfast.AdaptiveAlpha(1.0), device="cuda", amp=amp)
+
+
+@pytest.mark.parametrize("loader", ["batches", "dataloader", "list"])
+def test_too_few_clean_labels_are_named(loader):
+    inputs, labels, clean = toy()
+    rows = torch.arange(ROWS)
+    train = {
+        "batches": Batches(inputs, labels, 16, with_indices=True),
+        "dataloader": DataLoader(TensorDataset(inputs, labels, rows), 16),
+        "list": [(inputs, labels, rows)],
+    }[loader]
+    message = (
+        "has 80 rows, but a batch carries indices 0 to 89" if loader == "list" else r"got shape \(80,\), wanted a row"
+    )
+    with pytest.raises(ValueError, match=f"clean_labels: {message}"):
+        fit(train, clean_labels=clean[:80])
+
+
+def test_classes_of_uint8_are_none_of_them_ignored():
+    inputs, _, _ = toy()
+    torch.manual_seed(0)
+    model = mlp((2, 8, 200))
+    labels = torch.full((ROWS,), 156, dtype=torch.uint8)  # -100 in eight bits
+    _, history = fit(
+        [(inputs, labels)], 1, model_and_optimizer=(model, torch.optim.SGD(model.parameters(), lr=0.1)), alpha=1.0
+    )
+    assert history.last.loss > 1
+
+
+def test_what_its_owner_froze_stays_frozen():
+    model = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Linear(8, CLASSES))
+    model[1].eval()
+    before = model[1].running_mean.clone()
+    inputs, labels, _ = toy()
+    distiller, _ = fit(
+        epochs=2, eval=[(inputs, labels)], model_and_optimizer=(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    )
+    assert torch.equal(model[1].running_mean, before)
+    distiller.evaluate([(inputs, labels)])
+    assert [module.training for module in model.modules()] == [True, True, False, True]
+    model.eval()
+    distiller.fit(batches(), 1, progress=False)
+    assert not torch.equal(model[1].running_mean, before)
+    assert not any(module.training for module in model.modules())
+
+
+def test_an_alpha_of_none_is_refused():
+    with pytest.raises(TypeError, match="alpha: the function gave None for epoch 0, step 1, wanted a number"):
+        fit(alpha=lambda epoch, step: 0.5 if step == 0 else None)
+
+
+def test_data_without_a_row_that_counts_are_named():
+    inputs, labels, _ = toy()
+    ignored = torch.full_like(labels, -100)
+    with pytest.raises(ValueError, match="train: no row of epoch 1 counts: its labels are all ignore_index"):
+        fit([(inputs, ignored)])
+    for nothing in ([], [(inputs, ignored)]):
+        with pytest.raises(ValueError, match="eval: gave no row that counts"):
+            fit(eval=nothing)
