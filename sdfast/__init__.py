@@ -7,13 +7,14 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sdfast import data as data
+    from sdfast import hilbert as hilbert
     from sdfast import nn as nn
     from sdfast import train as train
     from sdfast.ops.self_distillation import AdaptiveAlpha, ClipLabel, LossStats, self_distillation_loss
 
-__all__ = ["AdaptiveAlpha", "ClipLabel", "LossStats", "data", "nn", "self_distillation_loss", "train"]
+__all__ = ["AdaptiveAlpha", "ClipLabel", "LossStats", "data", "hilbert", "nn", "self_distillation_loss", "train"]
 
-_MODULES = ("data", "nn", "train")
+_MODULES = ("data", "hilbert", "nn", "train")
 
 
 # Loaded at first use: `sdfast.hilbert` must import where there is no torch.

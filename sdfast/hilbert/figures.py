@@ -1,0 +1,102 @@
+"""The path as a table and as a picture."""
+
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sdfast import plots
+from sdfast.hilbert import _arrays
+
+if TYPE_CHECKING:
+    from sdfast.hilbert.path import DistillationPath
+
+__all__ = ["dataframe", "plot"]
+
+
+def dataframe(path: "DistillationPath") -> Any:
+    """One row a round, and an output where each has its own ε."""
+    if importlib.util.find_spec("pandas") is None:
+        raise ModuleNotFoundError("pandas is not installed: pip install pandas")
+    import pandas
+
+    per_output = not (path.joint or path.single)
+    columns = {
+        "c": path.c,
+        "norm": path.norms,
+        "training_error": path.training_error,
+        "label_error": path.label_error,
+        "degrees_of_freedom": path.degrees_of_freedom,
+    }
+    rounds, outputs = path.multipliers.shape
+    table: dict[str, Any] = {"round": np.repeat(np.arange(1, rounds + 1), outputs)}
+    if per_output:
+        table["output"] = np.tile(np.arange(outputs), rounds)
+    table |= {name: _arrays.to_numpy(values).reshape(-1) for name, values in columns.items()}
+    if rounds:
+        table["gcv"] = np.repeat(_arrays.to_numpy(path.scores("gcv")), outputs)  # a score is of the whole round
+    return pandas.DataFrame(table)
+
+
+def plot(path: "DistillationPath") -> Any:
+    """Bars of B_t for some rounds, then curves over all of them."""
+    path.check_has_fits()
+    figure = _new_figure()
+    figure.subplots_adjust(left=0.06, right=0.985, top=0.93, bottom=0.08, wspace=0.28, hspace=0.42)
+    grid = figure.add_gridspec(2, 4)
+    _bars(figure.add_subplot(grid[0, :]), path)
+    rounds = np.arange(1, len(path) + 1)
+    curves = {
+        "Multiplier c": path.c,
+        "Norm of the targets": path.norms,
+        "Error on the labels": path.label_error,
+        "Degrees of freedom": path.degrees_of_freedom,
+    }
+    for column, (title, values) in enumerate(curves.items()):
+        axes = figure.add_subplot(grid[1, column])
+        _style(axes, title, "round")
+        axes.plot(rounds, _arrays.to_numpy(values), marker="o", markersize=3, linewidth=1.5)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if title == "Multiplier c":
+            axes.set_yscale("log")
+    if path.joint or path.single:
+        chosen = int(np.argmin(_arrays.to_numpy(path.scores())))
+        errors = _arrays.to_numpy(path.label_error)
+        figure.axes[3].plot(
+            rounds[chosen], errors[chosen], "o", markersize=11, fillstyle="none", color=plots.VERMILLION
+        )
+        figure.axes[3].annotate(
+            "least GCV", (rounds[chosen], errors[chosen]), xytext=(0, 10), textcoords="offset points", ha="center",
+            color=plots.VERMILLION, fontsize=9,
+        )  # fmt: skip
+    return figure
+
+
+def _new_figure() -> Any:
+    if (reason := plots.why_not()) is not None:
+        raise ModuleNotFoundError(reason)
+    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+
+    return Figure(figsize=(12.5, 7.2), facecolor="white")
+
+
+def _style(axes: Any, title: str, below: str) -> None:
+    axes.set_title(title, fontsize=11, loc="left")
+    axes.set_xlabel(below, fontsize=10, color=plots.GREY)
+    axes.grid(axis="y", color="#E4E6E9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _bars(axes: Any, path: "DistillationPath") -> None:
+    """Entries of B_t from the largest eigenvalue down, a group of bars for each of at most five rounds."""
+    shown = sorted({int(t) for t in np.linspace(1, len(path), min(5, len(path))).round()})
+    rank = min(path.spectrum.rank, 40)
+    _style(axes, "What is left of each eigenvector's part of the labels, B", "eigenvector, largest eigenvalue first")
+    for place, t in enumerate(shown):
+        kept = np.mean(_arrays.to_numpy(path.filter_columns(t)), axis=1)[::-1][:rank]  # of all outputs
+        where = np.arange(1, rank + 1) + (place - (len(shown) - 1) / 2) * 0.8 / len(shown)
+        lightness = 0.7 * (1 - (place + 1) / len(shown))  # later rounds are darker
+        shade = (lightness, 0.45 + 0.7 * lightness, 0.7 + 0.35 * lightness)
+        axes.bar(where, kept, width=0.8 / len(shown), color=shade, label=f"round {t}")
+    axes.legend(frameon=False, fontsize=9)

@@ -1,0 +1,81 @@
+"""The eigenvalues and eigenvectors of a Gram matrix: decomposed once, used for every round."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import array_api_compat
+
+from sdfast.hilbert import _arrays
+
+__all__ = ["Spectrum", "decompose"]
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Gram matrix G = gram / K = V diag(d) Vᵀ, decomposed once.
+
+    Attributes:
+        values: d ascending (points,), zero below the rank cut.
+        vectors: V (points, points), eigenvectors as columns.
+        rank: How many of `values` are not zero.
+    """
+
+    values: Any
+    vectors: Any = field(repr=False)
+    rank: int
+
+
+def decompose(
+    gram: Any, *, jitter: float = 0.0, rank_tolerance: float | None = None, overwrite_gram: bool = False
+) -> Spectrum:
+    """The spectrum of G = gram / K, eigenvalues below the rank cut set to zero.
+
+    Args:
+        gram: (K, K) kernel values g(x_j, x_k), symmetric and positive semi-definite.
+        jitter: Added to gram's diagonal; it becomes part of the kernel.
+        rank_tolerance: Eigenvalues up to this share of the largest are zero. ``None``: K · 2⁻⁵², and not below eight
+            units in the last place of gram's dtype.
+        overwrite_gram: Let LAPACK work in gram's memory where it is a float64 NumPy matrix: no copy of it is made.
+
+    Returns:
+        The spectrum, in float64.
+
+    Raises:
+        ValueError: The matrix is not square, finite, symmetric and positive semi-definite, or an option is impossible.
+    """
+    return decompose_checked(_arrays.check_gram(gram), jitter, rank_tolerance, overwrite_gram)
+
+
+def decompose_checked(gram: Any, jitter: float, rank_tolerance: float | None, overwrite_gram: bool) -> Spectrum:
+    """`decompose` of a matrix that `check_gram` has seen."""
+    xp = _arrays.namespace(gram)
+    points = gram.shape[0]
+    if not (math.isfinite(jitter) and jitter >= 0):
+        raise ValueError(f"jitter: got {jitter}, wanted a finite number >= 0")
+    unit = float(xp.finfo(gram.dtype).eps)
+    if rank_tolerance is None:
+        cut = max(points * 2.0**-52, 0.0 if unit < 1e-12 else 8 * unit)
+    elif 0 <= rank_tolerance < 1:
+        cut = float(rank_tolerance)
+    else:
+        raise ValueError(f"rank_tolerance: got {rank_tolerance}, wanted within [0, 1)")
+    values, vectors = _eigh(xp.astype(gram, xp.float64, copy=False), overwrite_gram)
+    values = values + jitter
+    largest = float(xp.max(xp.abs(values)))
+    smallest = float(xp.min(values))
+    if smallest < -max(cut, points * 2.0**-52) * largest:
+        raise ValueError(
+            f"gram: is indefinite, its smallest eigenvalue is {smallest:.6g} (largest {float(xp.max(values)):.6g}); "
+            f"wanted a positive semi-definite matrix, which jitter={1.01 * -smallest + jitter:.3g} would make of it"
+        )
+    values = xp.where(values > cut * largest, values, 0.0) / points
+    return Spectrum(values, vectors, int(xp.sum(xp.astype(values > 0, xp.int64))))
+
+
+def _eigh(gram: Any, overwrite: bool) -> tuple[Any, Any]:
+    if not overwrite or not array_api_compat.is_numpy_array(gram):
+        return tuple(_arrays.namespace(gram).linalg.eigh(gram))
+    from scipy.linalg import eigh
+
+    return eigh(gram.T, overwrite_a=True, check_finite=False, driver="evd")  # LAPACK wants columns: a view of rows
