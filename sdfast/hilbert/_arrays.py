@@ -122,7 +122,7 @@ def check_targets(value: Any, gram: Any) -> tuple[Any, bool]:
     columns = xp.astype(y if y.ndim == 2 else y[:, None], xp.float64)
     if points > 1 and bool(xp.all(columns == columns[:1, :])):
         raise ValueError(
-            "y: every point has the same label, so there is nothing to distil (the estimators accept it, and predict it)"
+            "y: every point has the same label, so there is nothing to distil (the estimators take it, and predict it)"
         )
     return columns, y.ndim == 1
 

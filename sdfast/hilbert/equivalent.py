@@ -8,13 +8,7 @@ from sdfast.hilbert import _arrays, secular
 if TYPE_CHECKING:
     from sdfast.hilbert.path import DistillationPath
 
-__all__ = [
-    "EarlyStoppingMatch",
-    "early_stopping_match",
-    "equivalent_cross_gram",
-    "equivalent_gram",
-    "equivalent_spectrum",
-]
+__all__ = ["EarlyStoppingMatch"]
 
 
 @dataclass(frozen=True)

@@ -62,11 +62,9 @@ def plot(path: "DistillationPath") -> Any:
     if path.joint or path.single:
         chosen = int(np.argmin(_arrays.to_numpy(path.scores())))
         errors = _arrays.to_numpy(path.label_error)
-        figure.axes[3].plot(
-            rounds[chosen], errors[chosen], "o", markersize=11, fillstyle="none", color=plots.VERMILLION
-        )
+        figure.axes[3].plot(rounds[chosen], errors[chosen], "o", ms=11, fillstyle="none", color=plots.VERMILLION)
         figure.axes[3].annotate(
-            "least GCV", (rounds[chosen], errors[chosen]), xytext=(0, 10), textcoords="offset points", ha="center",
+            "least GCV", (rounds[chosen], errors[chosen]), xytext=(-9, 4), textcoords="offset points", ha="right",
             color=plots.VERMILLION, fontsize=9,
         )  # fmt: skip
     return figure
@@ -99,4 +97,4 @@ def _bars(axes: Any, path: "DistillationPath") -> None:
         lightness = 0.7 * (1 - (place + 1) / len(shown))  # later rounds are darker
         shade = (lightness, 0.45 + 0.7 * lightness, 0.7 + 0.35 * lightness)
         axes.bar(where, kept, width=0.8 / len(shown), color=shade, label=f"round {t}")
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(fontsize=9, loc="upper right", framealpha=1, edgecolor="white")

@@ -78,4 +78,5 @@ def _eigh(gram: Any, overwrite: bool) -> tuple[Any, Any]:
         return tuple(_arrays.namespace(gram).linalg.eigh(gram))
     from scipy.linalg import eigh
 
-    return eigh(gram.T, overwrite_a=True, check_finite=False, driver="evd")  # LAPACK wants columns: a view of rows
+    columns = gram if gram.flags.f_contiguous else gram.T  # LAPACK wants columns, and would copy rows
+    return eigh(columns, overwrite_a=True, check_finite=False, driver="evd")
