@@ -132,7 +132,7 @@ class _KernelSelfDistillation(BaseEstimator):
         best: tuple[DistillationPath, int, float] | None = None
         fitted = False
         for path in self._paths(spectrum, y, total):
-            if len(path) < (1 if self.rounds == "auto" else self.rounds):
+            if len(path) < (1 if self.rounds == "auto" else int(self.rounds)):
                 continue
             fitted = True
             scores = selection.scores(path, "gcv", mean_direction)
@@ -235,7 +235,7 @@ _PARAMETERS = """
     """
 
 
-class KernelSelfDistillation(RegressorMixin, _KernelSelfDistillation):  # type: ignore[misc]
+class KernelSelfDistillation(RegressorMixin, _KernelSelfDistillation):
     """Kernel ridge regression on its own predictions, round after round, as a regressor.
 
     The targets are centred; rounds and tolerance are chosen by generalised cross-validation from the labels alone.
@@ -279,7 +279,7 @@ class KernelSelfDistillation(RegressorMixin, _KernelSelfDistillation):  # type: 
         return predicted[:, 0] if self._single else predicted
 
 
-class KernelSelfDistillationClassifier(ClassifierMixin, _KernelSelfDistillation):  # type: ignore[misc]
+class KernelSelfDistillationClassifier(ClassifierMixin, _KernelSelfDistillation):
     """Kernel ridge regression on its own predictions, round after round, as a classifier for noisy labels.
 
     Classes are one-hot rows less their shares, with one ε for all; the largest output wins. Rounds and tolerance are
@@ -326,4 +326,5 @@ class KernelSelfDistillationClassifier(ClassifierMixin, _KernelSelfDistillation)
         Returns:
             (points,) labels.
         """
-        return self.classes_[np.argmax(self._predict(X), axis=1)]
+        outputs = self._predict(X)
+        return self.classes_[np.argmax(outputs, axis=1)]

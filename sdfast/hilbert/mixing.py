@@ -142,10 +142,11 @@ class OptimalMixture:
     """What `optimal_rounds` returns: f = Σ_j θ_j Sʲ y.
 
     Attributes:
-        weights: θ (rounds,), which sum to 1; as many rounds as are predicted to help.
-        helps: Whether mixing is predicted to beat the plain fit at all; where not, `weights` is (1,).
+        weights: θ, which sum to 1: as many rounds as score best, or the plain fit alone, (1,).
+        helps: Whether the best mixture beats the plain fit by more than two standard errors of that gain.
         scores: The criterion at the best mixture of up to 1, 2, … rounds; the first is the plain fit's. Each freely
             chosen weight counts as a degree of freedom, without which more rounds would always look better.
+        gain_error: The standard error of the gain; ``None`` where the plain fit scores best.
         criterion: ``"gcv"`` or ``"cp"``.
         noise_variance: The σ² of ``"cp"``, summed over the outputs; ``None`` for ``"gcv"``.
     """
@@ -153,6 +154,7 @@ class OptimalMixture:
     weights: Any
     helps: bool
     scores: Any
+    gain_error: float | None
     criterion: str
     noise_variance: float | None
     _problem: _Problem = field(repr=False)
@@ -219,7 +221,7 @@ def optimal_rounds(
         variance: σ² of the labels' noise, summed over the outputs; for ``"cp"`` only. ``None``: `noise_variance`.
 
     Returns:
-        The mixture; `helps` is False where the plain fit is predicted to be as good.
+        The mixture; where `helps` is False it is the plain fit, predicted to be as good.
 
     Raises:
         ValueError: An argument has an impossible value.
@@ -235,7 +237,8 @@ def optimal_rounds(
     xp, points = _arrays.namespace(problem.rotated), problem.points
     left = 1 - problem.smoother[:, None] * _powers(problem.smoother, rounds)  # 1 − Sʲ, (K, rounds)
     freedom = xp.mean(left, axis=0)
-    residual = left * xp.sqrt(xp.sum(problem.rotated**2, axis=1) / points)[:, None]
+    energy = xp.sum(problem.rotated**2, axis=1) / points
+    residual = left * xp.sqrt(energy)[:, None]
     found = []
     for m in range(1, rounds + 1):
         if variance is None:
@@ -244,7 +247,20 @@ def optimal_rounds(
             found.append(_least_cp(xp, residual[:, :m], freedom[:m], points, variance))
     scores = xp.stack([score for _, score in found])
     best = int(xp.argmin(scores))
-    return OptimalMixture(found[best][0], best > 0, scores, criterion, variance, problem)
+    weights, error = found[best][0], None
+    if best:
+        scale = freedom if variance is None else xp.ones_like(freedom)
+        factors = [left[:, 0] / scale[0], left[:, : best + 1] @ (weights / scale[: best + 1])]
+        error = _difference_error(problem, *factors)
+    helps = error is not None and float(scores[0] - scores[best]) > 2 * error
+    return OptimalMixture(weights if helps else found[0][0], helps, scores, error, criterion, variance, problem)
+
+
+def _difference_error(problem: _Problem, plain: Any, mixed: Any) -> float:
+    """Standard error of the mean difference of two residuals' squares, from its spread over the points."""
+    xp, vectors = _arrays.namespace(problem.rotated), problem.spectrum.vectors
+    squares = [xp.sum((vectors @ (each[:, None] * problem.rotated)) ** 2, axis=1) for each in (plain, mixed)]
+    return float(xp.std(squares[0] - squares[1], correction=1)) / problem.points**0.5
 
 
 def _least_gcv(xp: Any, residual: Any, freedom: Any, points: int) -> tuple[Any, Any]:

@@ -34,8 +34,8 @@ def decompose(
     Args:
         gram: (K, K) kernel values g(x_j, x_k), symmetric and positive semi-definite.
         jitter: Added to gram's diagonal; it becomes part of the kernel.
-        rank_tolerance: Eigenvalues up to this share of the largest are zero. ``None``: K · 2⁻⁵², and not below eight
-            units in the last place of gram's dtype.
+        rank_tolerance: Eigenvalues up to this share of the largest are zero. ``None``: K · 2⁻⁵²; at least 8 units in
+            the last place of gram's dtype where that is coarser; and at least twice what rounding left below zero.
         overwrite_gram: Let LAPACK work in gram's memory where it is a float64 NumPy matrix: no copy of it is made.
 
     Returns:
@@ -64,11 +64,13 @@ def decompose_checked(gram: Any, jitter: float, rank_tolerance: float | None, ov
     values = values + jitter
     largest = float(xp.max(xp.abs(values)))
     smallest = float(xp.min(values))
-    if smallest < -max(cut, points * 2.0**-52) * largest:
+    if smallest < -max(cut, points * 2.0**-52, unit ** (2 / 3)) * largest:
         raise ValueError(
             f"gram: is indefinite, its smallest eigenvalue is {smallest:.6g} (largest {float(xp.max(values)):.6g}); "
             f"wanted a positive semi-definite matrix, which jitter={1.01 * -smallest + jitter:.3g} would make of it"
         )
+    if rank_tolerance is None and largest > 0:
+        cut = max(cut, -2 * smallest / largest)  # how wrong the kernel's own rounding made its eigenvalues
     values = xp.where(values > cut * largest, values, 0.0) / points
     return Spectrum(values, vectors, int(xp.sum(xp.astype(values > 0, xp.int64))))
 
