@@ -9,6 +9,7 @@ The functions of this file that take an array namespace are the definition; csrc
 one pass per step, for the CPU (pybind11) and for CUDA (CuPy compiles the header).
 """
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,8 @@ def solve_path(eigenvalues: Any, weights: Any, rounds: int, *, backend: str | No
     if backend not in (None, *BACKENDS):
         raise ValueError(f"backend: got {backend!r}, wanted one of {', '.join(map(repr, BACKENDS))} or None")
     xp = _arrays.namespace(weights)
+    most = float(xp.max(xp.sum(weights, axis=0)))  # r₀²: the fits are at most ⌈r₀² − 1⌉, and memory is for so many
+    rounds = min(rounds, math.ceil(most) + 1) if math.isfinite(most) else rounds
     largest = float(xp.max(eigenvalues))
     scaled = eigenvalues / (largest if largest > 0 else 1.0)
     if backend == "array":
@@ -71,7 +74,7 @@ def solve_path(eigenvalues: Any, weights: Any, rounds: int, *, backend: str | No
         c, counts = _solve_on_cuda(scaled, weights, rounds)
     elif _native is not None:
         c, counts = _native.solve_path(scaled, np.ascontiguousarray(weights.T), rounds, _threads(weights.shape[1]))
-        c, counts = c[:, : max(1, int(counts.max()))].T, counts
+        c = c.T
     elif backend == "native":
         raise NotImplementedError(f"backend: 'native' is not here: {_reason}")
     else:
