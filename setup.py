@@ -1,6 +1,6 @@
 """What to build: the native CPU library always, the CUDA one where nvcc and a CUDA torch of the same major are present.
 
-The secular solver joins them where pybind11 is. Everything else about the package stands in pyproject.toml. Environment:
+The secular solver joins them where pybind11 is. All else stands in pyproject.toml. Environment:
 
     SDFAST_NATIVE=0       a pure-Python package
     SDFAST_CUDA=1 / 0     demand / forbid the CUDA library (default: built where it can be; no GPU is asked for)
@@ -77,8 +77,11 @@ def secular_solver() -> list[Extension]:
         "-pthread",
     ]
     common = {"include_dirs": [pybind11.get_include()], "depends": ["csrc/secular/secular.h"], "language": "c++"}
-    sources = ["csrc/secular/bindings.cpp"]
-    return [Extension("sdfast._secular", sources, extra_compile_args=flags, extra_link_args=["-s"], **common)]
+    return [
+        Extension(
+            "sdfast._secular", ["csrc/secular/bindings.cpp"], extra_compile_args=flags, extra_link_args=["-s"], **common
+        )
+    ]
 
 
 def limit_jobs(gigabytes_per_job: float) -> None:

@@ -67,8 +67,6 @@ class _KernelSelfDistillation(BaseEstimator):
         self._check_options()
         weight = _check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True)
         kept = weight > 0
-        if not kept.any():
-            raise ValueError("sample_weight: all are zero, wanted at least one above")
         self.X_fit_, y, weight = x[kept], y[kept], weight[kept]
         self._kept = kept
         self.intercept_ = np.average(y, axis=0, weights=weight)
