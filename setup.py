@@ -67,21 +67,10 @@ def secular_solver() -> list[Extension]:
     except ImportError:
         print("sdfast: no native secular solver: pybind11 is not installed")
         return []
-    flags = [
-        "-O3",
-        "-std=c++17",
-        "-fno-math-errno",
-        "-fno-trapping-math",
-        "-Wno-psabi",
-        "-fvisibility=hidden",
-        "-pthread",
-    ]
+    flags = [*FLAGS[:2], "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-fvisibility=hidden", "-pthread"]
     common = {"include_dirs": [pybind11.get_include()], "depends": ["csrc/secular/secular.h"], "language": "c++"}
-    return [
-        Extension(
-            "sdfast._secular", ["csrc/secular/bindings.cpp"], extra_compile_args=flags, extra_link_args=["-s"], **common
-        )
-    ]
+    common |= {"extra_compile_args": flags, "extra_link_args": ["-s"]}
+    return [Extension("sdfast._secular", ["csrc/secular/bindings.cpp"], **common)]
 
 
 def limit_jobs(gigabytes_per_job: float) -> None:

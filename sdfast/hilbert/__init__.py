@@ -12,9 +12,9 @@ from sdfast.hilbert.selection import RoundChoice
 from sdfast.hilbert.spectrum import Spectrum, decompose
 
 if TYPE_CHECKING:
-    from sdfast.hilbert import bounds as bounds
-    from sdfast.hilbert import kernels as kernels
-    from sdfast.hilbert import mixing as mixing
+    import sdfast.hilbert.bounds as bounds
+    import sdfast.hilbert.kernels as kernels
+    import sdfast.hilbert.mixing as mixing
     from sdfast.hilbert.estimator import KernelSelfDistillation, KernelSelfDistillationClassifier
 
 __all__ = [

@@ -114,8 +114,8 @@ class _KernelSelfDistillation(BaseEstimator):
         """Of G = W^½ K W^½ / Σw."""
         gram = self._gram(self.X_fit_, None)
         if isinstance(self.kernel, str) and self.kernel == "precomputed":
-            if gram.shape[0] != gram.shape[1] and len(self._kept) != gram.shape[1]:
-                raise ValueError(f"X: got shape {gram.shape} with kernel='precomputed', wanted a square matrix")
+            if gram.shape[1] != len(self._kept):
+                raise ValueError(f"X: got {gram.shape[1]} columns with kernel='precomputed', wanted {len(self._kept)}")
             gram = gram[:, self._kept]
         checked = _arrays.check_gram(gram) * np.outer(root, root)
         # The cut of a data set in which each point stands as often as its weight says.

@@ -11,7 +11,7 @@ from sdfast.hilbert import _arrays
 if TYPE_CHECKING:
     from sdfast.hilbert.path import DistillationPath
 
-__all__ = ["dataframe", "plot"]
+__all__ = ["dataframe", "plot", "prediction"]
 
 
 def dataframe(path: "DistillationPath") -> Any:
@@ -41,7 +41,7 @@ def dataframe(path: "DistillationPath") -> Any:
 def plot(path: "DistillationPath") -> Any:
     """Bars of B_t for some rounds, then curves over all of them."""
     path.check_has_fits()
-    figure = _new_figure()
+    figure = _new_figure(12.5, 7.2)
     figure.subplots_adjust(left=0.06, right=0.985, top=0.93, bottom=0.08, wspace=0.28, hspace=0.42)
     grid = figure.add_gridspec(2, 4)
     _bars(figure.add_subplot(grid[0, :]), path)
@@ -70,12 +70,47 @@ def plot(path: "DistillationPath") -> Any:
     return figure
 
 
-def _new_figure() -> Any:
+def prediction(scores: Any, errors: Any, chosen: int, measured: Any, name: str, subtitle: str) -> Any:
+    """What GCV predicts from the noisy labels beside what the clean test labels say, round by round.
+
+    Args:
+        scores: GCV (fits,).
+        errors: Standard errors of its difference to the chosen round's.
+        chosen: The round it picks.
+        measured: What was measured on test data (fits,): larger is better.
+        name: Of that measure.
+        subtitle: On what data.
+
+    Returns:
+        A matplotlib figure.
+    """
+    figure = _new_figure(10, 4.2)
+    figure.subplots_adjust(left=0.07, right=0.98, top=0.76, bottom=0.13, wspace=0.2)
+    figure.text(0.012, 0.93, "Rounds of self-distillation first help, then hurt", fontsize=14, fontweight="bold")
+    figure.text(0.012, 0.87, subtitle, fontsize=10, color=plots.GREY)
+    left, right = figure.subplots(1, 2)
+    rounds = np.arange(1, len(scores) + 1)
+    _style(left, "Predicted from the noisy labels alone: GCV", "round")
+    left.errorbar(rounds, scores, yerr=errors, color=plots.BLUE, marker="o", markersize=4, capsize=3)
+    _style(right, name, "round")
+    right.plot(rounds, measured, color=plots.GREEN, marker="o", markersize=4)
+    for axes, values in ((left, scores), (right, measured)):
+        axes.axvline(chosen, color=plots.VERMILLION, linestyle=(0, (4, 3)), linewidth=1)
+        axes.plot(chosen, values[chosen - 1], "o", ms=11, fillstyle="none", color=plots.VERMILLION)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    left.annotate(
+        "predicted best", (chosen, 1), xycoords=("data", "axes fraction"), xytext=(5, -10), textcoords="offset points",
+        color=plots.VERMILLION, fontsize=9,
+    )  # fmt: skip
+    return figure
+
+
+def _new_figure(width: float, height: float) -> Any:
     if (reason := plots.why_not()) is not None:
         raise ModuleNotFoundError(reason)
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
-    return Figure(figsize=(12.5, 7.2), facecolor="white")
+    return Figure(figsize=(width, height), facecolor="white")
 
 
 def _style(axes: Any, title: str, below: str) -> None:

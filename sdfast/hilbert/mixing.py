@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sdfast.hilbert import _arrays
+from sdfast.hilbert import _arrays, selection
 from sdfast.hilbert.spectrum import Spectrum, decompose
 
 __all__ = ["MixedRounds", "OptimalMixture", "limit_ridge", "mixed_rounds", "noise_variance", "optimal_rounds"]
@@ -195,13 +195,9 @@ def noise_variance(gram: Any, y: Any) -> float:
         ‖(I − S)y‖² / tr(I − S).
     """
     problem = _problem(gram, y, 1.0)
-    xp, d = _arrays.namespace(problem.rotated), problem.spectrum.values
-    ridges = float(xp.max(d)) * 10.0 ** xp.linspace(-9, 2, 111)
-    left = ridges[None, :] / (ridges[None, :] + d[:, None])
-    residual = xp.sum(problem.rotated**2, axis=1) @ left**2
-    freedom = xp.sum(left, axis=0)
-    best = int(xp.argmin(residual / freedom**2))
-    return float(residual[best] / freedom[best])
+    xp = _arrays.namespace(problem.rotated)
+    _, residual, freedom = selection.ridge_of_least_gcv(problem.spectrum.values, xp.sum(problem.rotated**2, axis=1))
+    return residual / freedom
 
 
 def optimal_rounds(

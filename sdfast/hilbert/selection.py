@@ -9,7 +9,7 @@ from sdfast.hilbert import _arrays
 if TYPE_CHECKING:
     from sdfast.hilbert.path import DistillationPath
 
-__all__ = ["CRITERIA", "RoundChoice", "best_round", "noise_rate", "scores"]
+__all__ = ["CRITERIA", "RoundChoice", "best_round", "noise_rate", "ridge_of_least_gcv", "scores"]
 
 CRITERIA = ("gcv", "loo")
 OTHER_TOLERANCES = (0.5, 0.5**0.5, 2.0**0.5, 2.0)  # factors of ε at which the choice is looked at again
@@ -139,6 +139,24 @@ def _choice_at(path: "DistillationPath", factor: float, criterion: str) -> tuple
     values = _arrays.to_numpy(scores(other, criterion))
     best = int(np.argmin(values))
     return (best + 1, float(values[best])) if np.isfinite(values[best]) else None
+
+
+def ridge_of_least_gcv(values: Any, energy: Any) -> tuple[float, float, float]:
+    """The single fit to compare with: ordinary ridge regression with the c of least GCV.
+
+    Args:
+        values: Eigenvalues d of G (K,).
+        energy: z² summed over the outputs (K,).
+
+    Returns:
+        c, ‖(I − S)y‖², and tr(I − S).
+    """
+    xp = _arrays.namespace(values)
+    ridges = float(xp.max(values)) * 10.0 ** xp.linspace(-9, 2, 221)
+    left = ridges[None, :] / (ridges[None, :] + values[:, None])
+    residual, freedom = energy @ left**2, xp.sum(left, axis=0)
+    best = int(xp.argmin(_over_squared(xp, residual, freedom)))
+    return float(ridges[best]), float(residual[best]), float(freedom[best])
 
 
 def noise_rate(path: "DistillationPath", convention: str = "all", round: int | None = None) -> float:

@@ -132,7 +132,7 @@ def test_pipelines_and_searches():
     x, y = load_iris(return_X_y=True)
     pipeline = make_pipeline(StandardScaler(), KernelSelfDistillationClassifier())
     assert cross_val_score(pipeline, x, y, cv=3).min() > 0.8
-    search = GridSearchCV(KernelSelfDistillationClassifier(rounds=2), {"relative_tolerance": [0.2, 0.4]}, cv=3).fit(
+    search = GridSearchCV(KernelSelfDistillationClassifier(rounds=2), {"relative_tolerance": [0.1, 0.2]}, cv=3).fit(
         x, y
     )
     assert search.best_score_ > 0.85
@@ -173,5 +173,5 @@ def test_bad_data(rng):
         KernelSelfDistillation().fit(x, y, sample_weight=np.full(10, 0.01))
     with pytest.raises(ValueError, match="eigenvalues of the Gram matrix are zero"):
         KernelSelfDistillation(relative_tolerance=0.01).fit(np.repeat(x[:2], 5, axis=0), y)
-    with pytest.raises(ValueError, match="gram: got shape"):
+    with pytest.raises(ValueError, match="X: got 8 columns with kernel='precomputed', wanted 10"):
         KernelSelfDistillation("precomputed").fit(rng.normal(size=(10, 8)), y)
