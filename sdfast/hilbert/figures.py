@@ -86,7 +86,9 @@ def prediction(scores: Any, errors: Any, chosen: int, measured: Any, name: str, 
     """
     figure = _new_figure(10, 4.2)
     figure.subplots_adjust(left=0.07, right=0.98, top=0.76, bottom=0.13, wspace=0.2)
-    figure.text(0.012, 0.93, "Rounds of self-distillation first help, then hurt", fontsize=14, fontweight="bold")
+    peak = int(np.argmax(measured))
+    what = "first help, then hurt" if 0 < peak < len(measured) - 1 else "only help" if peak else "only hurt here"
+    figure.text(0.012, 0.93, f"Rounds of self-distillation {what}", fontsize=14, fontweight="bold")
     figure.text(0.012, 0.87, subtitle, fontsize=10, color=plots.GREY)
     left, right = figure.subplots(1, 2)
     rounds = np.arange(1, len(scores) + 1)
