@@ -76,7 +76,7 @@ def early_stopping_match(path: "DistillationPath") -> EarlyStoppingMatch:
     xp, d = _arrays.namespace(path.y), path.spectrum.values
     energy = xp.sum(path.rotated**2, axis=1, keepdims=True)
     errors = path.label_error  # (fits,)
-    c, _ = secular.solve_path(d, energy / (path.points * errors[None, :]), 1)
+    c, _ = secular.solve_path(d, energy / (path.points * errors[None, :]), 1, backend=path.backend)
     kept = d > 0
     logs = [xp.log10(path.filter_columns(t)[kept, 0]) for t in range(1, len(path) + 1)]
     single = d[:, None] / (c + d[:, None])  # (K, fits)

@@ -33,7 +33,7 @@ def dataframe(path: "DistillationPath") -> Any:
     if per_output:
         table["output"] = np.tile(np.arange(outputs), rounds)
     table |= {name: _arrays.to_numpy(values).reshape(-1) for name, values in columns.items()}
-    if rounds:
+    if rounds and path.infeasible is None:
         table["gcv"] = np.repeat(_arrays.to_numpy(path.scores("gcv")), outputs)  # a score is of the whole round
     return pandas.DataFrame(table)
 

@@ -86,6 +86,7 @@ def distill_spectrum(
         joint=joint,
         single=single,
         points=points,
+        backend=backend,
     )
 
 
@@ -122,6 +123,7 @@ class DistillationPath:
         joint: Whether one ε holds for all outputs together.
         single: Whether y was one vector.
         points: K; the sum of the sample weights where there are any.
+        backend: Of the multipliers, as it was asked for.
     """
 
     spectrum: Spectrum
@@ -135,6 +137,7 @@ class DistillationPath:
     joint: bool
     single: bool
     points: float
+    backend: str | None = None
 
     def __len__(self) -> int:
         """The number of fits."""
@@ -351,6 +354,7 @@ class DistillationPath:
             joint=self.joint,
             single=self.single,
             points=self.points,
+            backend=self.backend,
         )
 
     def to_dataframe(self) -> Any:
@@ -376,13 +380,16 @@ class DistillationPath:
         return xp.log1p(c * xp.where(d > 0, 1 / xp.where(d > 0, d, 1.0), xp.inf))
 
     def check_has_fits(self) -> None:
-        """Refuses a path on which nothing was fitted.
+        """Refuses a path on which something was not fitted.
 
         Raises:
-            ValueError: The labels are infeasible, or ε collapses at once.
+            ValueError: The labels, or those of an output, are infeasible; or ε collapses at once.
         """
-        if len(self) == 0:
-            raise ValueError(f"path: has no fits: {self.infeasible or 'the zero function is within the tolerance'}")
+        if self.infeasible or len(self) == 0:
+            where = "" if self.joint or self.infeasible is None else f" for outputs {self.infeasible.outputs}"
+            raise ValueError(
+                f"path: has no fits{where}: {self.infeasible or 'the zero function is within the tolerance'}"
+            )
 
     def _check_cross(self, value: Any) -> Any:
         xp, points = _arrays.namespace(self.y), self.y.shape[0]

@@ -23,6 +23,7 @@ __all__ = ["BACKENDS", "solve_path", "why_not_native"]
 
 BACKENDS = ("native", "array")
 _MAX_STEPS = 200  # Newton takes 5 to 20; this ends a loop that NaN would keep alive
+_ENTRIES_PER_THREAD = 20_000
 _LAST_STEP = 1e-9  # a step this small (relative) leaves an error of its square
 
 try:
@@ -72,11 +73,11 @@ def solve_path(eigenvalues: Any, weights: Any, rounds: int, *, backend: str | No
         c, counts = _solve_with_arrays(scaled, weights, rounds)
     elif array_api_compat.is_cupy_array(weights):
         c, counts = _solve_on_cuda(scaled, weights, rounds)
-    elif _native is not None:
-        c, counts = _native.solve_path(scaled, np.ascontiguousarray(weights.T), rounds, _threads(weights.shape[1]))
+    elif _native is not None and array_api_compat.is_numpy_array(weights):
+        c, counts = _native.solve_path(scaled, np.ascontiguousarray(weights.T), rounds, _threads(weights))
         c = c.T
     elif backend == "native":
-        raise NotImplementedError(f"backend: 'native' is not here: {_reason}")
+        raise NotImplementedError(f"backend: 'native' is not here: {_reason or 'it takes NumPy and CuPy arrays'}")
     else:
         c, counts = _solve_with_arrays(scaled, weights, rounds)
     unsolved = xp.sum(xp.where(scaled[:, None] > 0, 0.0, weights), axis=0) >= 1
@@ -85,10 +86,12 @@ def solve_path(eigenvalues: Any, weights: Any, rounds: int, *, backend: str | No
     return c, xp.where(unsolved, 0, counts)
 
 
-def _threads(columns: int) -> int:
+def _threads(weights: np.ndarray) -> int:
+    """As many as there are processors, or OMP_NUM_THREADS; fewer where starting them would cost more than they save."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    return max(1, min(columns, int(asked) if asked.isdigit() and int(asked) > 0 else allowed))
+    most = int(asked) if asked.isdigit() and int(asked) > 0 else allowed
+    return max(1, min(weights.shape[1], most, weights.size // _ENTRIES_PER_THREAD))
 
 
 def _solve_with_arrays(d: Any, w: Any, rounds: int) -> tuple[Any, Any]:

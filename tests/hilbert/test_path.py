@@ -50,8 +50,8 @@ def test_against_brentq_and_dense_solves(rng, outputs, share):
         while (fitted := dense_fit(gram, target, epsilon)) is not None:
             c, f = fitted
             np.testing.assert_allclose(path.c[rounds], c, rtol=1e-8)  # brentq's root, through c's condition
-            np.testing.assert_allclose(path.targets[rounds], target, atol=1e-9 * np.abs(y).max())
-            np.testing.assert_allclose(path.predictions[rounds], f, atol=1e-9 * np.abs(y).max())
+            np.testing.assert_allclose(path.targets[rounds], target, atol=1e-10 * np.abs(y).max())
+            np.testing.assert_allclose(path.predictions[rounds], f, atol=1e-10 * np.abs(y).max())
             predicted = cross / len(y) @ np.linalg.solve(gram / len(y) + path.c[rounds] * np.eye(len(y)), target)
             got = path.predict(cross, rounds + 1)
             np.testing.assert_allclose(got, predicted, atol=1e-8 * np.abs(predicted).max())
@@ -218,6 +218,9 @@ def test_an_infeasible_output_leaves_the_others(rng):
     alone = self_distill(gram, y[:, 1], relative_tolerance=0.1)
     np.testing.assert_allclose(path.c[: len(alone), 1], alone.c)
     assert path.collapsed_at == (None, len(alone))
+    with pytest.raises(ValueError, match=r"path: has no fits for outputs \(0,\): 1 eigenvalues"):
+        path.best_round()
+    assert "gcv" not in path.to_dataframe()
 
 
 def test_duplicated_points_and_a_single_one():

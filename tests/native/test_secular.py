@@ -29,6 +29,7 @@ def test_cpu_against_the_definition(points, threads, monkeypatch):
     if secular.why_not_native():
         pytest.skip(secular.why_not_native())
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    monkeypatch.setattr(secular, "_ENTRIES_PER_THREAD", 1)
     rng = np.random.default_rng()
     for _ in range(20):
         d, w = problem(rng, points, 5)
@@ -48,6 +49,7 @@ def test_results_do_not_depend_on_the_threads(monkeypatch):
         pytest.skip(secular.why_not_native())
     d, w = problem(np.random.default_rng(), 500, 7)
     results = []
+    monkeypatch.setattr(secular, "_ENTRIES_PER_THREAD", 1)
     for threads in ("1", "2", "7"):
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
         results.append(secular.solve_path(d, w, 40, backend="native")[0])
