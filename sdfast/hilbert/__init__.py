@@ -7,9 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from sdfast.hilbert.distill import self_distill
-from sdfast.hilbert.path import DistillationPath, Infeasible
+from sdfast.hilbert.path import DistillationPath
 from sdfast.hilbert.selection import RoundChoice
-from sdfast.hilbert.spectrum import Spectrum, decompose
+from sdfast.hilbert.spectrum import Infeasible, Spectrum, decompose
 
 if TYPE_CHECKING:
     import sdfast.hilbert.bounds as bounds

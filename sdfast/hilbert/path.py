@@ -1,42 +1,15 @@
 """The rounds of self-distillation on a kernel, in closed form (Mobahi, Farajtabar, Bartlett 2020)."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from sdfast.hilbert import _arrays, equivalent, secular, selection
-from sdfast.hilbert.spectrum import Spectrum
+from sdfast.hilbert.spectrum import Infeasible, Spectrum, find_infeasible
 
-__all__ = ["DistillationPath", "Infeasible", "distill_spectrum"]
+__all__ = ["DistillationPath", "distill_spectrum"]
 
 MOST_FITS = 10_000  # of a path without `rounds`
-
-
-@dataclass(frozen=True)
-class Infeasible:
-    """Why no function of the kernel's span fits the labels to within ε; its text says it in a sentence.
-
-    Attributes:
-        outputs: The outputs that cannot be fitted; ``(0,)`` for a joint ε.
-        zero_eigenvalues: How many eigenvalues of the Gram matrix are zero.
-        unreachable_energy: ‖part of the labels in their eigenspace‖² / K, per output named: what ε must exceed.
-        tolerance: The ε asked for, per output named.
-    """
-
-    outputs: tuple[int, ...]
-    zero_eigenvalues: int
-    unreachable_energy: tuple[float, ...]
-    tolerance: tuple[float, ...]
-
-    def __str__(self) -> str:
-        worst = int(np.argmax(np.subtract(self.unreachable_energy, self.tolerance)))
-        return (
-            f"{self.zero_eigenvalues} eigenvalues of the Gram matrix are zero, and the labels have energy "
-            f"{self.unreachable_energy[worst]:.6g} there, which no function of this kernel reaches: no fit comes to "
-            f"within tolerance {self.tolerance[worst]:.6g}; a larger one can be met"
-        )
 
 
 def distill_spectrum(
@@ -82,7 +55,7 @@ def distill_spectrum(
         multipliers=c,
         counts=tuple(int(count) for count in counts),
         asked=rounds or MOST_FITS,
-        infeasible=_infeasible(spectrum, unreachable, epsilon),
+        infeasible=find_infeasible(spectrum, unreachable, epsilon),
         joint=joint,
         single=single,
         points=points,
@@ -90,19 +63,7 @@ def distill_spectrum(
     )
 
 
-def _infeasible(spectrum: Spectrum, unreachable: Any, epsilon: Any) -> Infeasible | None:
-    outputs = tuple(i for i in range(unreachable.shape[0]) if float(unreachable[i]) >= float(epsilon[i]))
-    if not outputs:
-        return None
-    return Infeasible(
-        outputs=outputs,
-        zero_eigenvalues=spectrum.values.shape[0] - spectrum.rank,
-        unreachable_energy=tuple(float(unreachable[i]) for i in outputs),
-        tolerance=tuple(float(epsilon[i]) for i in outputs),
-    )
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class DistillationPath:
     """What `self_distill` returns: every round of self-distillation on the training points and off them.
 
@@ -127,8 +88,8 @@ class DistillationPath:
     """
 
     spectrum: Spectrum
-    y: Any = field(repr=False)
-    rotated: Any = field(repr=False)
+    y: Any
+    rotated: Any
     tolerance: Any
     multipliers: Any
     counts: tuple[int, ...]
@@ -142,6 +103,11 @@ class DistillationPath:
     def __len__(self) -> int:
         """The number of fits."""
         return self.multipliers.shape[0]
+
+    def __repr__(self) -> str:
+        end = f"infeasible: {self.infeasible}" if self.infeasible else f"collapsed_at={self.collapsed_at}"
+        points, outputs = self.y.shape
+        return f"DistillationPath({len(self)} fits, {points} points, {outputs} outputs, joint={self.joint}, {end})"
 
     @property
     def c(self) -> Any:
@@ -208,7 +174,7 @@ class DistillationPath:
     def each_round(self) -> Iterator[tuple[Any, Any, Any]]:
         """Round after round B before it, B after it, and 1 − B after it, each (K, 1) or (K, Q)."""
         xp, d = _arrays.namespace(self.y), self.spectrum.values[:, None]
-        before, shrinkage = xp.ones_like(self.multipliers[:1, :]) * xp.ones_like(d), 0.0
+        before, shrinkage = xp.stack([xp.ones_like(d[:, 0])] * self.multipliers.shape[1], axis=1), 0.0
         for c in self.multipliers:
             after = before * (d / (c + d))
             shrinkage = shrinkage + self._log_step(c)

@@ -1,14 +1,15 @@
-"""The eigenvalues and eigenvectors of a Gram matrix: decomposed once, used for every round."""
+"""The eigenvalues and eigenvectors of a Gram matrix, decomposed once, and which labels are out of their reach."""
 
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import array_api_compat
+import numpy as np
 
 from sdfast.hilbert import _arrays
 
-__all__ = ["Spectrum", "decompose"]
+__all__ = ["Infeasible", "Spectrum", "decompose"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,44 @@ class Spectrum:
     values: Any
     vectors: Any = field(repr=False)
     rank: int
+
+
+@dataclass(frozen=True)
+class Infeasible:
+    """Why no function of the kernel's span fits the labels to within ε; its text says it in a sentence.
+
+    Attributes:
+        outputs: The outputs that cannot be fitted; ``(0,)`` for a joint ε.
+        zero_eigenvalues: How many eigenvalues of the Gram matrix are zero.
+        unreachable_energy: ‖part of the labels in their eigenspace‖² / K, per output named: what ε must exceed.
+        tolerance: The ε asked for, per output named.
+    """
+
+    outputs: tuple[int, ...]
+    zero_eigenvalues: int
+    unreachable_energy: tuple[float, ...]
+    tolerance: tuple[float, ...]
+
+    def __str__(self) -> str:
+        worst = int(np.argmax(np.subtract(self.unreachable_energy, self.tolerance)))
+        return (
+            f"{self.zero_eigenvalues} eigenvalues of the Gram matrix are zero, and the labels have energy "
+            f"{self.unreachable_energy[worst]:.6g} there, which no function of this kernel reaches: no fit comes to "
+            f"within tolerance {self.tolerance[worst]:.6g}, which must exceed that energy"
+        )
+
+
+def find_infeasible(spectrum: Spectrum, unreachable: Any, epsilon: Any) -> Infeasible | None:
+    """The outputs whose unreachable energy is not below ε, if there are any."""
+    outputs = tuple(i for i in range(unreachable.shape[0]) if float(unreachable[i]) >= float(epsilon[i]))
+    if not outputs:
+        return None
+    return Infeasible(
+        outputs=outputs,
+        zero_eigenvalues=spectrum.values.shape[0] - spectrum.rank,
+        unreachable_energy=tuple(float(unreachable[i]) for i in outputs),
+        tolerance=tuple(float(epsilon[i]) for i in outputs),
+    )
 
 
 def decompose(

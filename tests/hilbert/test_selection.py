@@ -81,6 +81,9 @@ def test_nothing_to_choose_from():
     for call in (path.best_round, path.scores, path.noise_rate, path.plot, path.early_stopping_match):
         with pytest.raises(ValueError, match="path: has no fits: 1 eigenvalues of the Gram matrix are zero"):
             call()
+    assert path.c.shape == path.norms.shape == path.label_error.shape == path.degrees_of_freedom.shape == (0,)
+    assert path.B.shape == path.predictions.shape == path.targets.shape == (0, 3)
+    assert len(path.to_dataframe()) == 0
 
 
 def noisy(load, kernel, noise, seed, train):
