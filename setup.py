@@ -1,6 +1,6 @@
 """What to build: the native CPU library always, the CUDA one where nvcc and a CUDA torch of the same major are present.
 
-Everything else about the package stands in pyproject.toml. Environment:
+The secular solver joins them where pybind11 is. All else stands in pyproject.toml. Environment:
 
     SDFAST_NATIVE=0       a pure-Python package
     SDFAST_CUDA=1 / 0     demand / forbid the CUDA library (default: built where it can be; no GPU is asked for)
@@ -16,7 +16,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).parent
@@ -68,6 +68,19 @@ def why_no_cuda(torch) -> str | None:
     return None
 
 
+def secular_solver() -> list[Extension]:
+    """The torch-free solver of `sdfast.hilbert`, for this Python alone; others use the NumPy version."""
+    try:
+        import pybind11
+    except ImportError:
+        print("sdfast: no native secular solver: pybind11 is not installed")
+        return []
+    flags = [*FLAGS[:2], "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-fvisibility=hidden", "-pthread"]
+    common = {"include_dirs": [pybind11.get_include()], "depends": ["csrc/secular/secular.h"], "language": "c++"}
+    common |= {"extra_compile_args": flags, "extra_link_args": ["-s"]}
+    return [Extension("sdfast._secular", ["csrc/secular/bindings.cpp"], **common)]
+
+
 def limit_jobs(gigabytes_per_job: float) -> None:
     """MAX_JOBS from the cores and the free memory: compilers that run out of memory take the machine with them."""
     jobs = os.cpu_count() or 1
@@ -110,19 +123,27 @@ def native_libraries() -> dict:
                 name, sources("csrc/*/cuda.cu"), extra_compile_args=arguments, extra_link_args=["-s"], **common
             )
         )
+    extensions += secular_solver()
+
+    class BuildLibraries(BuildExtension):
+        def get_ext_filename(self, fullname: str) -> str:
+            """The torch libraries fit every Python, the solver one."""
+            self.no_python_abi_suffix = not fullname.endswith("_secular")
+            return super().get_ext_filename(fullname)
+
     limit_jobs(4.0 if reason is None else 1.0)
     print(f"sdfast: building {', '.join(e.name for e in extensions)} for torch >= 2.10; CUDA: {reason or 'yes'}")
     return {
         "ext_modules": extensions,
         "cmdclass": {
-            "build_ext": BuildExtension.with_options(no_python_abi_suffix=True),
+            "build_ext": BuildLibraries,
             "bdist_wheel": AnyPythonWheel,
         },
     }
 
 
 class AnyPythonWheel(bdist_wheel):
-    """A wheel for every Python 3: its libraries call no Python function, torch loads them."""
+    """A wheel for every Python 3: torch loads its libraries. The secular solver alone is one Python's, by its name."""
 
     def get_tag(self) -> tuple[str, str, str]:
         """The tag of the platform alone."""

@@ -1,4 +1,4 @@
-"""Learning from a model's own predictions: fused self-distillation losses, and training on noisy labels."""
+"""Learning from a model's own predictions: fused losses, training on noisy labels, and the theory of rounds."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -7,14 +7,25 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sdfast import data as data
+    from sdfast import hilbert as hilbert
     from sdfast import models as models
     from sdfast import nn as nn
     from sdfast import train as train
     from sdfast.ops.self_distillation import AdaptiveAlpha, ClipLabel, LossStats, self_distillation_loss
 
-__all__ = ["AdaptiveAlpha", "ClipLabel", "LossStats", "data", "models", "nn", "self_distillation_loss", "train"]
+__all__ = [
+    "AdaptiveAlpha",
+    "ClipLabel",
+    "LossStats",
+    "data",
+    "hilbert",
+    "models",
+    "nn",
+    "self_distillation_loss",
+    "train",
+]
 
-_MODULES = ("data", "models", "nn", "train")
+_MODULES = ("data", "hilbert", "models", "nn", "train")
 
 
 # Loaded at first use, torch with them: what needs no torch must import without it.

@@ -1,0 +1,1 @@
+../../csrc/secular/secular.h

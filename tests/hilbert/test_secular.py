@@ -1,0 +1,123 @@
+"""The multipliers against 40-digit arithmetic, at the ends of what can be asked."""
+
+import mpmath
+import numpy as np
+import pytest
+
+from sdfast.hilbert import secular
+
+BACKENDS = [name for name in secular.BACKENDS if name == "array" or secular.why_not_native() is None]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+def exact_multipliers(d, w, rounds):
+    """c of each round in 40 digits, by bisection on log s."""
+    with mpmath.workdps(40):
+        d, w = [mpmath.mpf(float(x)) for x in d], [mpmath.mpf(float(x)) for x in w]
+        found = []
+        for _ in range(rounds):
+            if sum(w) <= 1:
+                break
+
+            low, high = mpmath.mpf(-100), mpmath.mpf(150)
+            while high - low > mpmath.mpf(10) ** -35:
+                middle = (low + high) / 2
+                s = mpmath.exp(middle)
+                above = sum(x / (1 + s * e) ** 2 for x, e in zip(w, d, strict=True)) > 1
+                low, high = (middle, high) if above else (low, middle)
+            s = mpmath.exp(low)
+            found.append(1 / s)
+            w = [x * (s * e / (1 + s * e)) ** 2 for x, e in zip(w, d, strict=True)]
+        return found
+
+
+def condition(d, w, c):
+    """|d log c / d log w|: what one rounding of the sum does to c."""
+    t = c / (c + d)
+    return 1 / (2 * (w * t**2 * d / (c + d)).sum())
+
+
+# The label energy over Kε: near the collapse; ordinary; ε = 1e-14 of the energy. With κ up to 1e16.
+@pytest.mark.parametrize("energy", [1 + 1e-9, 1.01, 30.0, 1e6, 1e14])
+@pytest.mark.parametrize("decades", [1, 8, 16])
+def test_against_40_digits(backend, energy, decades):
+    rng = np.random.default_rng()
+    for _ in range(3):
+        d = np.append(10 ** -rng.uniform(0, decades, 10), [1.0, 10.0**-decades])
+        w = rng.normal(size=12) ** 2
+        w *= energy / w.sum()
+        exact = exact_multipliers(d, w, 3)
+        c, fits = secular.solve_path(d, w[:, None], 3, backend=backend)
+        assert int(fits[0]) == len(exact)
+        accumulated = 0.0
+        for t, value in enumerate(exact):
+            accumulated += condition(d, w, float(value))
+            error = abs(float((mpmath.mpf(float(c[t, 0])) - value) / value))
+            assert error < 4e-15 * (4 + accumulated), (t, error, accumulated)
+            w = w * (d / (float(value) + d)) ** 2
+
+
+def test_zero_eigenvalues(backend):
+    """Unreachable weight u < 1 lowers what is left for the others; u ≥ 1 has no root."""
+    rng = np.random.default_rng()
+    d = np.append(0.0, 10 ** -rng.uniform(0, 5, 9))
+    for unreachable in (0.0, 0.5, 1 - 1e-6):
+        w = np.append(unreachable, rng.uniform(1, 3, 9))
+        c, _ = secular.solve_path(d, w[:, None], 1, backend=backend)
+        assert (w * (c[0, 0] / (c[0, 0] + d)) ** 2).sum() == pytest.approx(1, rel=1e-12)
+    w = np.stack([np.append(1.5, np.ones(9)), np.append(0.1, np.ones(9))], axis=1)
+    c, fits = secular.solve_path(d, w, 2, backend=backend)
+    assert np.isnan(c[:, 0]).all()
+    assert fits[0] == 0
+    assert np.isfinite(c[0, 1])
+    c, fits = secular.solve_path(np.zeros(3), np.full((3, 1), 2.0), 4, backend=backend)
+    assert c.shape == (0, 1)
+    assert not fits.any()
+
+
+def test_a_collapsed_column_stays_beside_others(backend):
+    d = np.array([1.0, 0.5, 0.1])
+    w = np.array([[0.2, 9.0], [0.3, 9.0], [0.4, 9.0]])
+    c, fits = secular.solve_path(d, w, 20, backend=backend)
+    assert np.isinf(c[:, 0]).all()
+    assert list(fits) == [0, len(c)]
+
+
+def test_every_round_is_a_root(backend):
+    rng = np.random.default_rng()
+    d = 10 ** -rng.uniform(0, 8, 300)
+    w = rng.normal(size=(300, 4)) ** 2 * [[0.01, 0.1, 1.0, 50.0]]
+    c, fits = secular.solve_path(d, w, 400, backend=backend)
+    for t in range(len(c)):
+        sums = (w / (1 + d[:, None] / c[t]) ** 2).sum(0)
+        running = t < fits
+        np.testing.assert_allclose(sums[running], 1, rtol=1e-12)
+        w = np.where(running, w * (d[:, None] / (c[t] + d[:, None])) ** 2, 0)
+    assert (w.sum(0) <= 1 + 1e-9).all() or len(c) == 400
+
+
+def test_few_steps(monkeypatch):
+    steps = []
+    plain = secular._step
+    monkeypatch.setattr(secular, "_step", lambda *arguments: steps.append(0) or plain(*arguments))
+    rng = np.random.default_rng()
+    rounds = 0
+    for _ in range(300):
+        d = 10 ** -rng.uniform(0, rng.uniform(0, 12), 50)
+        w = rng.normal(size=(50, 1)) ** 2
+        w *= rng.uniform(1.1, 2000) / w.sum()
+        rounds += int(secular.solve_path(d, w, 10, backend="array")[1].sum())
+    assert len(steps) / rounds < 8  # those at 0 and at the last root counted
+
+
+def test_tiny_and_huge_units(backend):
+    rng = np.random.default_rng()
+    d, w = 10 ** -rng.uniform(0, 4, 20), rng.uniform(1, 9, (20, 1))
+    wanted, _ = secular.solve_path(d, w, 5, backend=backend)
+    for unit in (1e-200, 1e200):
+        c, _ = secular.solve_path(d * unit, w, 5, backend=backend)
+        np.testing.assert_allclose(c / unit, wanted, rtol=1e-12)
