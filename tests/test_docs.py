@@ -1,6 +1,7 @@
 """The documents as a reader runs them: every Python block, and every command of the README in CI as it is printed."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,19 @@ def test_readme_commands_are_those_of_ci():
     ci = (ROOT / ".ci" / "run").read_text()
     assert {"make demo", "make test"} <= set(shown)
     assert all(f"step {command}\n" in ci for command in shown)
+
+
+def test_readme_calls_of_sdfast_run(tmp_path):
+    """Beside `make`, the README shows calls of the command line; `pip install` is run by .ci/run."""
+    shell = "\n".join(re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
+    calls = re.findall(r"^sdfast .*$", shell, re.MULTILINE)
+    assert calls
+    for call in calls:
+        command = [sys.executable, "-m", *shlex.split(call)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{call}:\n{done.stderr}"
+    assert 'step pip install ".[plot]"' in (ROOT / ".ci" / "run").read_text()
+    assert 'pip install ".[plot]"\n' in shell
 
 
 def test_links_lead_somewhere():
