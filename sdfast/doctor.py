@@ -167,7 +167,7 @@ def _advice(devices: list[dict[str, str]]) -> list[str]:
     if not _native.CPU.loaded and os.environ.get("SDFAST_NATIVE") == "0":
         advice.append("fast CPU kernels: unset SDFAST_NATIVE")
     elif not _native.CPU.loaded:
-        advice.append("fast CPU kernels: install sdfast again where a C++17 compiler (g++ or clang++) is on the PATH")
+        advice.append("fast CPU kernels: install sdfast again where a C++17 compiler (g++) is on the PATH")
     on_cuda = any(device["type"] == "cuda" for device in devices)
     if torch.version.cuda is None and torch.version.hip is None:
         advice.append("NVIDIA GPUs: install a CUDA build of torch, then sdfast again")

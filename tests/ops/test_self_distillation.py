@@ -265,11 +265,12 @@ def test_alpha_one_is_mse(backend):
         torch.testing.assert_close(*torch.autograd.grad([ours, theirs], [x, z]))
 
 
+@pytest.mark.parametrize("classes", [10, 33, 130])  # rows that share vectors, rows in registers, rows in chunks
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_alpha_one_is_the_plain_loss_bit_for_bit(backend):
+def test_alpha_one_is_the_plain_loss_bit_for_bit(backend, classes):
     """Whatever label function, source and form of α, a row with α = 1 is the same row."""
-    logits, source = torch.randn(2, 33, 130).unbind()
-    labels = torch.randint(0, 130, (33,))
+    logits, source = torch.randn(2, 33, classes).unbind()
+    labels = torch.randint(0, classes, (33,))
     plain = self_distillation_loss(logits, labels, 1.0, reduction="none", backend=backend)
     ones = torch.ones(33)
     mixed = torch.where(torch.arange(33) % 2 == 0, 1.0, 0.5)
