@@ -14,7 +14,8 @@ How the parts meet, from the model to the matrix; each layer knows only the one 
   parameters: no other is differentiated.
 - `plan.make_plan` → `Plan`: materialise, contract, loop or zero, for each parameter.
 - `blocks.groups_of(plan, samples, classes, itemsize, memory)` → each a `Group` of `Piece(parameter, start, stop)`
-  columns and contracted parameters that fit in memory; ``blocks.collect(source, group)`` makes the pass and gives a `Block`:
+  columns and contracted parameters that fit in memory; ``blocks.collect(source, group)`` makes the pass and gives a
+  `Block`:
   ``rows`` (outputs, n, width) and ``factors[name]`` = A (n, T, d), B (outputs, n, T, p).
 - ``block.tile(other, rows, columns, form, precision)``: what the group adds to one tile of H, in float64 (`products`).
 - `result.Result`: H itself, its tiles and their mirror image. `gram.gram` is the loop over groups and tiles.

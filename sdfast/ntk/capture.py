@@ -109,6 +109,7 @@ class ParameterMode(TorchFunctionMode):
         super().__init__()
         self.known: dict[int, Origin] = {id(parameter): name for name, parameter in parameters.items()}
         self.values = {} if values is None else {id(parameters[name]): value for name, value in values.items()}
+        self.known |= {} if values is None else {id(value): name for name, value in values.items()}
         self.frozen_batch_norm = frozen_batch_norm
         self.virtuals: list[Virtual] = []
         self.position = 0

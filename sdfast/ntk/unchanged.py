@@ -22,7 +22,7 @@ def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
         Nothing.
     """
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
-    values = {id(buffer): (buffer, buffer.detach().clone(), buffer._version) for buffer in model.buffers()}
+    values = {id(buffer): (buffer, buffer.detach().clone()) for buffer in model.buffers()}
     flags = [(module, module.training) for module in model.modules()]
     states = random_states(device)
     with ExitStack() as stack:
@@ -37,8 +37,9 @@ def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
                 module._buffers.clear()
                 module._buffers.update(held)
             with torch.no_grad():
-                for buffer, value, version in values.values():
-                    if buffer._version != version:
+                for buffer, value in values.values():
+                    # Not by its version, which batch norm leaves as it is; and not touched where it is the same.
+                    if not torch.equal(buffer, value):
                         buffer.copy_(value)
             for module, training in flags:
                 module.training = training
