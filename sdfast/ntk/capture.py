@@ -145,9 +145,8 @@ class ParameterMode(TorchFunctionMode):
             any(tensor is leaf and leaf._version == version for leaf, version in zip(flat, versions, strict=True))
             for tensor in tensors
         )
-        writes = seen.name == "__setitem__" and bool(tracked)
         differentiable = any(tensor.requires_grad for tensor in tensors) and not given_back
-        if not torch.is_grad_enabled() or not (writes or differentiable):
+        if not torch.is_grad_enabled() or not (differentiable or seen.name == "__setitem__"):
             return result
         self.position += 1
         return self.after(seen, before, result, tensors)

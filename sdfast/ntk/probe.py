@@ -23,7 +23,7 @@ from sdfast.ntk.layers.generic import CANNOT_VMAP
 from sdfast.ntk.layers.rule import changes_first_argument
 from sdfast.ntk.outputs import Outputs
 from sdfast.ntk.randomness import refuse_randomness
-from sdfast.ntk.sample_rows import SampleAxis, choose, differs, scaled_axes
+from sdfast.ntk.sample_rows import PathChangedError, SampleAxis, choose, differs, scaled_axes
 
 UNSEEN = "used where no torch function shows it: in a scripted or compiled module, or a custom autograd.Function"
 
@@ -74,9 +74,10 @@ def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mappin
     records = []
     columns = []
     for sample in (None, 0, 1, 2):
+        tensors = _perturbed(three, sample, inputs, generator)
         records.append(_Record(parameters, values, lengths.calls))
         with records[-1]:
-            output = feeding.call(model, _perturbed(three, sample, inputs, generator))
+            output = feeding.call(model, tensors)
         columns.append(outputs.columns(output, 3))
     _refuse_coupling(columns)
     findings = Findings(batch_norm_trains=lengths.batch_norm_trains)
@@ -87,9 +88,12 @@ def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mappin
         findings.looped = dict.fromkeys(parameters, mismatch)
     else:
         findings.steps = _resolved(records)
-    _guard(model, three, outputs, parameters, findings, values, generator)
-    if not findings.batch_norm_trains:
-        _guard(model, three, outputs, parameters, findings, None, generator)
+    for guarded in (values,) if findings.batch_norm_trains else (values, None):
+        try:
+            _guard(model, three, outputs, parameters, findings, guarded, generator)
+        except PathChangedError as error:
+            findings.looped |= dict.fromkeys(parameters, f"the model takes another path on some samples: {error}")
+            _guard(model, three, outputs, parameters, findings, guarded, generator)
     return findings
 
 
@@ -176,17 +180,17 @@ def _resolved(records: list[_Record]) -> list[Step]:
     """The steps of the first record, with sample axes found from what changed in the others."""
     base = records[0]
     for number, noted in base.noted.items():
-        others = [record.noted[number] for record in records[1:]]
+        others = [record.noted.get(number) for record in records[1:]]
         step = noted.step
         shapes, output_shapes = noted.shapes
         found: dict[Any, list[SampleAxis]] = {}
         for place, tensor in noted.inputs.items():
-            found["input", place] = _axes(tensor, shapes[place], [other.inputs[place] for other in others])
+            perturbed = [None if other is None else other.inputs.get(place) for other in others]
+            found["input", place] = _axes(tensor, shapes[place], perturbed)
         for output, tensor in enumerate(noted.outputs):
             if tuple(tensor.shape) != output_shapes[output]:
-                found["output", output] = _axes(
-                    tensor, output_shapes[output], [other.outputs[output] for other in others]
-                )
+                perturbed = [None if other is None else other.outputs[output] for other in others]
+                found["output", output] = _axes(tensor, output_shapes[output], perturbed)
         step.outputs = [None] * len(noted.outputs)
         if any(not axes for axes in found.values()):
             step.unclear = step.unclear or f"its samples cannot be told apart in {step.name}"
@@ -205,14 +209,15 @@ def _resolved(records: list[_Record]) -> list[Step]:
     return base.steps
 
 
-def _axes(tensor: Tensor, smaller: Any, perturbed: list[Tensor]) -> list[SampleAxis]:
+def _axes(tensor: Tensor, smaller: Any, perturbed: list[Tensor | None]) -> list[SampleAxis]:
     """The sample axes that are possible."""
+    alike = [other for other in perturbed if other is not None and other.shape == tensor.shape]
+    if len(alike) < len(perturbed):
+        return []
     candidates = scaled_axes(tensor.shape, smaller)
     if len(candidates) == 1 and candidates[0].positions == 1:
         return candidates
-    if any(other.shape != tensor.shape for other in perturbed):
-        return []
-    return choose(candidates, tensor, perturbed)
+    return choose(candidates, tensor, alike)
 
 
 class _Trial(Capture):

@@ -21,7 +21,8 @@ def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    eager = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    buffers = [(module, dict(module._buffers)) for module in eager]
     values = {id(buffer): (buffer, buffer.detach().clone()) for buffer in model.buffers()}
     flags = [(module, module.training) for module in model.modules()]
     states = random_states(device)
