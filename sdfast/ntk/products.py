@@ -47,7 +47,8 @@ def product(left: Tensor, right: Tensor, precision: str) -> Tensor:
     """
     if precision == "float64":
         return left.double() @ right.double().mT
-    total = left.new_zeros(*left.shape[:-1], right.shape[-2], dtype=torch.float64)
+    leading = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+    total = left.new_zeros(*leading, left.shape[-2], right.shape[-2], dtype=torch.float64)
     for start in range(0, left.shape[-1], TERMS):
         parts = [side[..., start : start + TERMS].float() for side in (left, right)]
         for one, other in _terms(parts[0], parts[1], precision):
