@@ -26,7 +26,7 @@ from sdfast.ntk.record import Lengths, Record, resolved
 from sdfast.ntk.sample_rows import PathChangedError, differs
 
 READS = 8  # further samples on which a value that is read must stay the same
-UNSEEN = "used where no torch function shows it: in a scripted or compiled module, or a custom autograd.Function"
+UNSEEN = "used where no torch function shows it: in a scripted module, or a custom autograd.Function"
 
 
 @dataclass

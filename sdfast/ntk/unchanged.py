@@ -1,6 +1,7 @@
 """A model, torch's settings and the random generators as they were, whatever happened inside."""
 
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -31,6 +32,8 @@ def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(full_precision())
+        if "torch._dynamo" in sys.modules:  # a compiled module is run as it was written, so that its calls are seen
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
             yield
         finally:

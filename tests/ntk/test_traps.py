@@ -214,6 +214,14 @@ def test_a_scripted_module_hides_its_weights_and_is_looped():
         check(model, torch.randn(5, 3))
 
 
+def test_compiled_modules_are_seen_through():
+    model, x = zoo.mlp(), torch.randn(6, 4)
+    compiled = nn.Sequential(model[:2], torch.compile(model[2:], backend="eager"))
+    wanted = gram_of(jacobian(model, x), "trace")
+    assert_exact(gram(compiled, x, outputs="trace"), wanted)
+    assert_exact(gram(torch.compile(model, backend="eager"), x, outputs="trace"), wanted)
+
+
 def test_a_custom_function_without_parameters_hides_nothing():
     class Cube(torch.autograd.Function):
         @staticmethod
