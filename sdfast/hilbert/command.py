@@ -67,7 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rounds.add_argument("--rounds", type=int, help="the most fits (default: to the collapse)")
 
     output = parser.add_argument_group("output")
-    output.add_argument("--output", type=Path, help="folder for results.json, plots and a report")
+    output.add_argument(
+        "--output", type=Path, default=Path("sdfast-hilbert"), help="folder for the report and the plots"
+    )
     output.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
 
 
@@ -78,8 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(results))
     else:
         print(describe(results))
-    if arguments.output is not None:
-        write_output(arguments.output, results, path)
+    write_output(arguments.output, results, path)
     return 0
 
 

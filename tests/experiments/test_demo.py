@@ -38,7 +38,7 @@ def test_rounds_on_a_kernel_help_then_hurt_and_the_best_is_foreseen(capfd, tmp_p
     out = capfd.readouterr().out
     rounds = json.loads((tmp_path / "results.json").read_text())["kernel_rounds"]
     assert demo.kernel_command() in out
-    assert main(demo.kernel_command().split()[1:] + ["--json"]) == 0
+    assert main(demo.kernel_command().split()[1:] + ["--json", "--output", str(tmp_path / "alone")]) == 0
     assert json.loads(capfd.readouterr().out) == rounds
     assert (rounds["dataset"], rounds["noise"], rounds["kernel"]) == ("digits", 0.4, "rbf")
     accuracy = [row["test"] for row in rounds["rounds"]]
