@@ -51,7 +51,7 @@ format: $(INSTALLED)
 # The secular solver is one interpreter's: it is built for the one of .venv and those of PYTHONS; others use NumPy.
 PYTHONS ?=
 wheel: $(INSTALLED)
-	rm -rf build/wheel dist
+	rm -rf build/lib* build/wheel dist
 	SDFAST_PYTHONS="$(PYTHONS)" $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude "libtorch*" --exclude "libc10*" \
 		--exclude "libcudart*" --wheel-dir dist build/wheel/*.whl
