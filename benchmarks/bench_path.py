@@ -12,12 +12,15 @@ import os
 import tracemalloc
 
 import numpy as np
+import pytest
 from scipy.optimize import brentq
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.metrics.pairwise import rbf_kernel
 
-from benchmarks.harness import Case, interleaved, measure
+from benchmarks.harness import DEVICE, Case, interleaved, measure
 from sdfast.hilbert import secular, self_distill
+
+pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="these arrays are NumPy's: no figure of a GPU's")
 
 MULTIPLIERS = {"1000x10x20": (1000, 10, 20), "10000x100x100": (10_000, 100, 100)}  # points, outputs, rounds
 FROM_GRAM = {"gram-300x10": (300, 10), "gram-2000x10": (2000, 10)}  # points, rounds
