@@ -11,12 +11,23 @@ if TYPE_CHECKING:
     from sdfast import models as models
     from sdfast import nn as nn
     from sdfast import train as train
-    from sdfast.ops.self_distillation import AdaptiveAlpha, ClipLabel, LossStats, self_distillation_loss
+    from sdfast.ops.self_distillation import (
+        AdaptiveAlpha,
+        ClassPrior,
+        ClipLabel,
+        GeneralizedCrossEntropy,
+        LossStats,
+        SmallLoss,
+        self_distillation_loss,
+    )
 
 __all__ = [
     "AdaptiveAlpha",
+    "ClassPrior",
     "ClipLabel",
+    "GeneralizedCrossEntropy",
     "LossStats",
+    "SmallLoss",
     "data",
     "hilbert",
     "models",

@@ -81,7 +81,8 @@ template <class T>
 Problem<T> make_problem(const Tensor& logits, const Tensor& labels, const OptionalTensor& alpha,
                         const OptionalTensor& source, const OptionalTensor& class_weight,
                         const OptionalTensor& row_weight, double alpha_value, int64_t label_fn, double label_parameter,
-                        int64_t loss, int64_t ignore_index, double label_smoothing) {
+                        int64_t loss, int64_t ignore_index, double label_smoothing, int64_t mixing, double target_power,
+                        double row_power) {
   Problem<T> problem;
   problem.logits = Rows(logits);
   problem.rows = logits.size(0);
@@ -110,6 +111,9 @@ Problem<T> make_problem(const Tensor& logits, const Tensor& labels, const Option
   problem.ignore_index = ignore_index;
   problem.label_parameter = static_cast<T>(label_parameter);
   problem.label_smoothing = static_cast<T>(label_smoothing);
+  problem.mixing = mixing;
+  problem.target_power = static_cast<T>(target_power);
+  problem.row_power = static_cast<T>(row_power);
   return problem;
 }
 
@@ -193,24 +197,28 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor logits, Tensor labels, Optiona
                                            OptionalTensor class_weight, OptionalTensor row_weight, double alpha_value,
                                            bool adaptive, int64_t label_fn, double label_parameter, int64_t loss,
                                            int64_t reduction, int64_t ignore_index, double label_smoothing,
-                                           bool want_gradient, bool want_stats) {
+                                           int64_t mixing, double target_power, double row_power, bool want_gradient,
+                                           bool want_stats) {
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    return forward_as<T>(make_problem<T>(logits, labels, alpha, source, class_weight, row_weight, alpha_value, label_fn,
-                                         label_parameter, loss, ignore_index, label_smoothing),
-                         logits, alpha_value, adaptive, reduction, want_gradient, want_stats);
+    return forward_as<T>(
+        make_problem<T>(logits, labels, alpha, source, class_weight, row_weight, alpha_value, label_fn, label_parameter,
+                        loss, ignore_index, label_smoothing, mixing, target_power, row_power),
+        logits, alpha_value, adaptive, reduction, want_gradient, want_stats);
   };
   return logits.scalar_type() == ScalarType::Double ? run(0.0) : run(0.f);
 }
 
 Tensor backward(Tensor upstream, Tensor state, Tensor logits, Tensor labels, OptionalTensor alpha,
                 OptionalTensor source, OptionalTensor class_weight, OptionalTensor row_weight, double alpha_value,
-                int64_t label_fn, double label_parameter, int64_t loss, int64_t ignore_index, double label_smoothing) {
+                int64_t label_fn, double label_parameter, int64_t loss, int64_t ignore_index, double label_smoothing,
+                int64_t mixing, double target_power, double row_power) {
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    return backward_as<T>(make_problem<T>(logits, labels, alpha, source, class_weight, row_weight, alpha_value,
-                                          label_fn, label_parameter, loss, ignore_index, label_smoothing),
-                          upstream, state, logits);
+    return backward_as<T>(
+        make_problem<T>(logits, labels, alpha, source, class_weight, row_weight, alpha_value, label_fn, label_parameter,
+                        loss, ignore_index, label_smoothing, mixing, target_power, row_power),
+        upstream, state, logits);
   };
   return logits.scalar_type() == ScalarType::Double ? run(0.0) : run(0.f);
 }

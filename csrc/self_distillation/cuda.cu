@@ -7,16 +7,14 @@
 #include <tuple>
 
 #include "cuda_rows.cuh"
+#include "cuda_shape.cuh"
 
 namespace sdfast::self_distillation {
 namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int kRowThreads = 256;             // of a block that takes several rows
-constexpr int kCountBlocks = 256;            // at most, of the launch that counts a large batch
-constexpr int64_t kOneBlockEntries = 16384;  // a batch no larger is one block's work, and then one launch's
-constexpr int kStaticSharedBytes = 8192;     // room left to the reductions
+constexpr int kCountBlocks = 256;  // at most, of the launch that counts a large batch
 
 enum Count { kKept, kWeight, kCorrect, kCounts };
 enum Tally { kLossSum, kAlphaSum, kCorrectSum, kEntropySum, kAgreeSum, kTallies };
@@ -112,8 +110,8 @@ __device__ void write_batch(const Problem<In>& problem, const Batch<T>& batch, c
 
 // ---- The rows. ----
 
-template <class In, bool kAligned, bool kDense>
-__global__ void __launch_bounds__(kMaxThreads, kDense ? 1 : 2)
+template <class In, bool kAligned, Targets kTargets>
+__global__ void __launch_bounds__(kMaxThreads, kTargets == kSparseTargets ? 2 : 1)
     rows_kernel(const Problem<In> problem, const Batch<Accumulated<In>> batch) {
   using T = Accumulated<In>;
   double counts[kCounts] = {0, 0, 0};
@@ -143,7 +141,7 @@ __global__ void __launch_bounds__(kMaxThreads, kDense ? 1 : 2)
     }
     const T alpha = problem.alpha_of(i, shared_alpha), weight = problem.row_weight ? problem.row_weight[i] : T(1);
     const T above = batch.upstream ? batch.upstream[i * batch.upstream_stride] : T(1);
-    const RowResult<T> row = Row<In, kAligned, kDense>(problem, layout, i, alpha, above * weight / divisor).run();
+    const RowResult<T> row = Row<In, kAligned, kTargets>(problem, layout, i, alpha, above * weight / divisor).run();
     if (layout.team.rank != 0) continue;
     if (batch.losses) batch.losses[i] = row.loss * weight;
     sums[kLossSum] += row.loss * weight;
@@ -188,46 +186,12 @@ __global__ void __launch_bounds__(kRowThreads)
 template <class T>
 constexpr ScalarType kType = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
 
-// Threads for a row of `pieces`: some four pieces each within a warp, then up to eight, then more warps.
-int team_size_for(int64_t pieces) {
-  const int64_t wanted = pieces <= 4           ? pieces
-                         : pieces <= 8 * kWarp ? std::clamp<int64_t>((pieces + 3) / 4, 4, kWarp)
-                                               : std::clamp<int64_t>((pieces + 7) / 8, 128, kMaxThreads);
-  int size = 1;
-  while (size < wanted) size *= 2;
-  return size;
-}
-
-struct Shape {
-  int team_size, threads, cache_slots, shared_bytes;
-  bool one_block;
-};
-
-Shape shape_for(const CudaStream& stream, int64_t rows, int64_t classes, int piece_size) {
-  constexpr int kWithoutAsking = 48 << 10;
-  const int64_t pieces = (classes + piece_size - 1) / piece_size;
-  Shape shape;
-  shape.team_size = team_size_for(pieces);
-  shape.one_block = rows <= 1 || rows * classes <= kOneBlockEntries;
-  shape.threads = std::max(shape.team_size, kRowThreads);
-  if (shape.team_size > kWarp)
-    shape.threads = shape.team_size;
-  else if (shape.one_block && rows * shape.team_size > kRowThreads)
-    shape.threads = kMaxThreads;
-  const int64_t slot_bytes = int64_t{16} * shape.threads;
-  const int64_t slots = (pieces + shape.team_size - 1) / shape.team_size;
-  int64_t room = kWithoutAsking - kStaticSharedBytes;
-  if (slots * slot_bytes > room) room = stream.max_shared_bytes() - kStaticSharedBytes;
-  shape.cache_slots = static_cast<int>(std::min(slots, room / slot_bytes));
-  shape.shared_bytes = static_cast<int>(shape.cache_slots * slot_bytes);
-  return shape;
-}
-
 template <class In>
 Problem<In> make_problem(const Tensor& logits, const Tensor& labels, const OptionalTensor& alpha,
                          const OptionalTensor& source, const OptionalTensor& class_weight,
                          const OptionalTensor& row_weight, int64_t label_fn, double label_parameter, int64_t loss,
-                         int64_t ignore_index, double label_smoothing) {
+                         int64_t ignore_index, double label_smoothing, int64_t mixing, double target_power,
+                         double row_power) {
   using T = Accumulated<In>;
   constexpr int64_t kMostClasses = 1 << 30;  // columns are counted in int
   if (logits.size(1) > kMostClasses)
@@ -254,10 +218,13 @@ Problem<In> make_problem(const Tensor& logits, const Tensor& labels, const Optio
   problem.ignore_index = ignore_index;
   problem.label_parameter = static_cast<T>(label_parameter);
   problem.label_smoothing = static_cast<T>(label_smoothing);
+  problem.mixing = static_cast<Mixing>(mixing);
+  problem.target_power = static_cast<T>(target_power);
+  problem.row_power = static_cast<T>(row_power);
   return problem;
 }
 
-template <class In, bool kAligned, bool kDense>
+template <class In, bool kAligned, Targets kTargets>
 void launch(const CudaStream& stream, Problem<In> problem, Batch<Accumulated<In>> batch, const Tensor& logits) {
   if (problem.rows == 0 && !batch.loss && !batch.state) return;
   const Shape shape = shape_for(stream, problem.rows, problem.classes, Piece<In>::kSize);
@@ -266,7 +233,7 @@ void launch(const CudaStream& stream, Problem<In> problem, Batch<Accumulated<In>
   const auto blocks_for = [&](int teams, int64_t most) {
     return static_cast<int>(std::min((problem.rows + teams - 1) / teams, most));
   };
-  const auto kernel = rows_kernel<In, kAligned, kDense>;
+  const auto kernel = rows_kernel<In, kAligned, kTargets>;
   const bool needs_batch = !batch.upstream && (batch.loss || batch.state);
   if (needs_batch && shape.one_block)
     return stream.launch(kernel, 1, shape.threads, shape.shared_bytes, problem, batch);
@@ -289,23 +256,26 @@ void launch(const CudaStream& stream, Problem<In> problem, Batch<Accumulated<In>
 }
 
 template <class In, bool kAligned>
-void launch_dense_or_not(const CudaStream& stream, const Problem<In>& problem, const Batch<Accumulated<In>>& batch,
-                         const Tensor& logits) {
+void launch_for_targets(const CudaStream& stream, const Problem<In>& problem, const Batch<Accumulated<In>>& batch,
+                        const Tensor& logits) {
   const bool log_loss = problem.loss == kCrossEntropy || problem.loss == kKl;
   const bool plain = !problem.alpha && !batch.adaptive && batch.alpha_value == 1;
-  if (log_loss && problem.labels && problem.label_smoothing == 0 && (plain || problem.label_fn == kHardmax))
-    launch<In, kAligned, false>(stream, problem, batch, logits);
+  const bool one_hot = problem.labels && problem.label_smoothing == 0 && (plain || problem.label_fn == kHardmax);
+  if (problem.reshapes_target())
+    launch<In, kAligned, kReshapedTargets>(stream, problem, batch, logits);
+  else if (log_loss && one_hot && problem.row_power == 0)
+    launch<In, kAligned, kSparseTargets>(stream, problem, batch, logits);
   else
-    launch<In, kAligned, true>(stream, problem, batch, logits);
+    launch<In, kAligned, kDenseTargets>(stream, problem, batch, logits);
 }
 
 template <class In>
 void launch_for(const CudaStream& stream, const Problem<In>& problem, const Batch<Accumulated<In>>& batch,
                 const Tensor& logits) {
   if (problem.logits.template in_pieces<In>(problem.classes, logits.scalar_type()))
-    launch_dense_or_not<In, true>(stream, problem, batch, logits);
+    launch_for_targets<In, true>(stream, problem, batch, logits);
   else
-    launch_dense_or_not<In, false>(stream, problem, batch, logits);
+    launch_for_targets<In, false>(stream, problem, batch, logits);
 }
 
 template <class In>
@@ -335,13 +305,15 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor logits, Tensor labels, Optiona
                                            OptionalTensor class_weight, OptionalTensor row_weight, double alpha_value,
                                            bool adaptive, int64_t label_fn, double label_parameter, int64_t loss,
                                            int64_t reduction, int64_t ignore_index, double label_smoothing,
-                                           bool want_gradient, bool want_stats) {
+                                           int64_t mixing, double target_power, double row_power, bool want_gradient,
+                                           bool want_stats) {
   return with_dtype(logits, [&](auto zero) {
     using In = decltype(zero);
     using T = Accumulated<In>;
     const CudaStream stream(logits);
-    Problem<In> problem = make_problem<In>(logits, labels, alpha, source, class_weight, row_weight, label_fn,
-                                           label_parameter, loss, ignore_index, label_smoothing);
+    Problem<In> problem =
+        make_problem<In>(logits, labels, alpha, source, class_weight, row_weight, label_fn, label_parameter, loss,
+                         ignore_index, label_smoothing, mixing, target_power, row_power);
     problem.want_stats = want_stats;
     Batch<T> batch;
     batch.reduction = static_cast<Reduction>(reduction);
@@ -361,13 +333,15 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor logits, Tensor labels, Optiona
 
 Tensor backward(Tensor upstream, Tensor state, Tensor logits, Tensor labels, OptionalTensor alpha,
                 OptionalTensor source, OptionalTensor class_weight, OptionalTensor row_weight, double alpha_value,
-                int64_t label_fn, double label_parameter, int64_t loss, int64_t ignore_index, double label_smoothing) {
+                int64_t label_fn, double label_parameter, int64_t loss, int64_t ignore_index, double label_smoothing,
+                int64_t mixing, double target_power, double row_power) {
   return with_dtype(logits, [&](auto zero) {
     using In = decltype(zero);
     using T = Accumulated<In>;
     const CudaStream stream(logits);
-    Problem<In> problem = make_problem<In>(logits, labels, alpha, source, class_weight, row_weight, label_fn,
-                                           label_parameter, loss, ignore_index, label_smoothing);
+    Problem<In> problem =
+        make_problem<In>(logits, labels, alpha, source, class_weight, row_weight, label_fn, label_parameter, loss,
+                         ignore_index, label_smoothing, mixing, target_power, row_power);
     Tensor gradient = new_gradient(problem, logits);
     Batch<T> batch;
     batch.alpha_value = static_cast<T>(alpha_value);
