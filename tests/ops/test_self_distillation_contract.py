@@ -58,25 +58,10 @@ def test_opcheck_backward(dtype):
         torch.library.opcheck(
             torch.ops.sdfast._self_distillation_backward.default,
             (
-                upstream,
-                state,
-                logits,
-                labels,
-                alpha,
-                source,
-                class_weight,
-                row_weight,
-                0.4,
-                1,
-                1.0,
-                0,
-                -100,
-                0.1,
-                0,
-                2.0,
-                0.7,
+                upstream, state, logits, labels, alpha, source, class_weight, row_weight, 0.4, 1, 1.0, 0, -100, 0.1, 0,
+                2.0, 0.7,
             ),
-        )
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "kl", "mse", "brier"])

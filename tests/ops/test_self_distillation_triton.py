@@ -479,20 +479,8 @@ def test_opcheck(reduction, want_gradient):
     shape = (MIXINGS["geometric"], 2.0, 0.7)
     forward = torch.ops.sdfast._self_distillation_triton.default
     given = (alpha, randn(3, 10, seed=47), rand(10, seed=48), None)
-    arguments = (
-        logits,
-        labels,
-        *given,
-        1.0,
-        False,
-        *code,
-        REDUCTIONS[reduction],
-        -100,
-        0.1,
-        *shape,
-        want_gradient,
-        True,
-    )
+    options = (REDUCTIONS[reduction], -100, 0.1, *shape, want_gradient, True)
+    arguments = (logits, labels, *given, 1.0, False, *code, *options)
     torch.library.opcheck(forward, arguments)
     state = forward(*arguments)[2]
     upstream = torch.ones(3 if reduction == "none" else (), device=DEVICE)
