@@ -113,7 +113,7 @@ def test_small_loss_ties_and_nan(backend):
     logits[2, 0] = -torch.inf
     for keep, kept in ((0.4, [3, 4]), (0.8, [2, 3, 4, 5]), (1.0, [1, 2, 3, 4, 5])):
         losses = self_distillation_loss(logits, labels, 1.0, reduction="none", backend=backend)
-        assert lowest(losses, labels != -100, keep).nonzero()[:, 0].tolist() == kept
+        assert lowest(losses, labels != -100, SmallLoss(keep)).nonzero()[:, 0].tolist() == kept
     nothing = self_distillation_loss(logits, labels * 0 - 100, 1.0, row_weight=SmallLoss(0.4), backend=backend)
     assert nothing == 0
 

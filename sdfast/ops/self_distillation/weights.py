@@ -69,6 +69,11 @@ class SmallLoss:
         if not _checks.is_number(self.keep) or not 0 < self.keep <= 1:
             raise ValueError(f"keep: got {self.keep!r}, wanted a number in (0, 1]")
 
+    def rows_of(self, kept: Tensor) -> Tensor:
+        """How many rows it keeps of so many, a 0-d integer tensor: in whole numbers, so that no rounding decides."""
+        share = Fraction(self.keep).limit_denominator(1_000_000)
+        return torch.minimum((-(-kept * share.numerator // share.denominator)).clamp(min=1), kept)
+
 
 RowWeight = Tensor | GeneralizedCrossEntropy | SmallLoss | str | None
 
@@ -116,14 +121,12 @@ def _small_loss_weights(
     with torch.no_grad():
         values = losses(ranked.detach())
         kept = torch.ones_like(values) if labels.is_floating_point() else labels.to(torch.int64) != ignore_index
-        return lowest(values.reshape(-1), kept.reshape(-1).bool(), rule.keep).reshape(values.shape)
+        return lowest(values.reshape(-1), kept.reshape(-1).bool(), rule).reshape(values.shape)
 
 
-def lowest(losses: Tensor, kept: Tensor, keep: float) -> Tensor:
-    """1 at the ⌈keep · n⌉ smallest losses of the n rows `kept`, else 0; the first of equal ones, NaN last."""
-    share = Fraction(keep).limit_denominator(1_000_000)
-    wanted = -(-kept.sum() * share.numerator // share.denominator)  # whole numbers: no rounding decides
-    wanted = wanted.clamp(min=1)
+def lowest(losses: Tensor, kept: Tensor, rule: SmallLoss) -> Tensor:
+    """1 at the rule's smallest losses among the rows `kept`, else 0; the first of equal ones, NaN last."""
+    wanted = rule.rows_of(kept.sum())
     order = losses.argsort(stable=True)
     among = kept[order]
     selected = torch.zeros_like(losses)
