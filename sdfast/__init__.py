@@ -11,13 +11,18 @@ if TYPE_CHECKING:
     from sdfast import models as models
     from sdfast import nn as nn
     from sdfast import train as train
+    from sdfast.ops.prediction_bank import BankRows, PredictionBank, SuspectedLabels, elr_loss
     from sdfast.ops.self_distillation import AdaptiveAlpha, ClipLabel, LossStats, self_distillation_loss
 
 __all__ = [
     "AdaptiveAlpha",
+    "BankRows",
     "ClipLabel",
     "LossStats",
+    "PredictionBank",
+    "SuspectedLabels",
     "data",
+    "elr_loss",
     "hilbert",
     "models",
     "nn",
@@ -25,6 +30,7 @@ __all__ = [
     "train",
 ]
 
+_BANK = ("BankRows", "PredictionBank", "SuspectedLabels", "elr_loss")
 _MODULES = ("data", "hilbert", "models", "nn", "train")
 
 
@@ -33,7 +39,8 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return import_module(f"sdfast.{name}")
     if name in __all__:
-        value = getattr(import_module("sdfast.ops.self_distillation"), name)
+        folder = "prediction_bank" if name in _BANK else "self_distillation"
+        value = getattr(import_module(f"sdfast.ops.{folder}"), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module 'sdfast' has no attribute {name!r}")
