@@ -30,8 +30,8 @@ class PredictionBank(nn.Module):
     returns, and never from logits whose softmax is not finite. The loss itself is the same with writing or without. Of
     an index that comes several times in a batch all occurrences read the row as it was before the batch (with
     ``"write_then_read"``: each that row with its own prediction in it), and the last occurrence alone is written. Rows
-    whose label is ignored neither read nor write, and their index is not looked at. A sample that has no prediction yet,
-    or is still warming up, is learned from its label alone (α = 1, no regularisation).
+    whose label is ignored neither read nor write, and their index is not looked at. A sample without a prediction yet,
+    or still warming up, is learned from its label alone (α = 1, no regularisation).
 
     Keep the bank beside a model wrapped in DistributedDataParallel, not in it: that broadcasts buffers at every step.
 
@@ -107,7 +107,7 @@ class PredictionBank(nn.Module):
         self.top_k = top_k
         self.unique = bool(unique)
         width = num_classes if top_k is None else top_k + 1
-        integers = {"dtype": torch.int32, "device": device}
+        integers: dict[str, Any] = {"dtype": torch.int32, "device": device}
         sparse = (num_samples, top_k) if top_k is not None else (0, 0)
         self.register_buffer("predictions", torch.zeros(num_samples, width, dtype=dtype, device=device))
         self.register_buffer("classes", torch.arange(sparse[1], **integers).repeat(sparse[0], 1))

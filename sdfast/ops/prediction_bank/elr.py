@@ -30,11 +30,11 @@ def elr_loss(
         F.cross_entropy(logits, labels) + strength * log(1 − ⟨t, p⟩)
 
     Its gradient in the logits is p − y + strength · p ⊙ (⟨t, p⟩ − t) / (1 − ⟨t, p⟩), without the terms of t where p is
-    cut off. The second term has no lower bound but log(clamp): a falling loss says little. What goes into the bank is p,
-    cut off and normalised as the original does. Of a sample not seen yet t is 0, which leaves plain cross entropy.
+    cut off. The second term has no lower bound but log(clamp): a falling loss says little. What goes into the bank is
+    p, cut off and normalised as the original does. Of a sample not seen yet t is 0, which leaves plain cross entropy.
 
-    The defaults here are those that did best in the project's trials (strength 7, a bank of momentum 0.9, read before it
-    is written, bias corrected). The authors' code is reached by a bank of ``momentum=0.7, order="write_then_read",
+    The defaults are the paper's values for CIFAR-100 (strength 7, momentum 0.9) on a bank that is read before it is
+    written and bias corrected. The authors' code is reached by a bank of ``momentum=0.7, order="write_then_read",
     bias_correction=False`` and ``strength=3.0``, their values for CIFAR-10.
 
     Args:

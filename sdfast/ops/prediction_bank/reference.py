@@ -102,7 +102,7 @@ def _row_alphas(logits: Tensor, labels: Tensor, alpha: Tensor | None, descriptio
 def _regulariser(
     logits: Tensor, believed: Tensor, kept: Tensor, row_weight: Tensor | None, bank: BankDescription
 ) -> Tensor | float:
-    """strength · log(1 − ⟨t, p⟩) of each row, p clamped."""
+    """The term strength · log(1 − ⟨t, p⟩) of each row, p clamped."""
     if bank.strength == 0:
         return 0.0
     p = clamped(torch.where(kept[:, None], logits, 0).softmax(-1), bank.clamp)

@@ -122,7 +122,7 @@ def self_distillation_loss(
     if isinstance(source, BankRows):
         value, state = prediction_bank.prediction_bank_loss(chosen, *rows_in, description, return_stats)  # type: ignore[arg-type]
     elif chosen == "reference":
-        value, state = self_distillation_reference(*rows_in, description)
+        value, state = self_distillation_reference(*rows_in, description)  # type: ignore[arg-type]
     else:
         out = self_distillation(chosen, *rows_in, description, return_stats)
         value, state = out if return_stats else (out, None)
