@@ -3,7 +3,7 @@
 # Everything runs in .venv, made on first use from python3 and the pinned versions in constraints.txt.
 #   make demo TORCH="torch==2.12.1"       another torch (a version or build that is already there is kept)
 #   make test PYTEST_ARGS="-k gradcheck"  some tests
-#   make bench BENCH_ARGS="-k 128x10"     some benchmarks
+#   make bench BENCH_ARGS="self_distillation --group 128x10"
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0

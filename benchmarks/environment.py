@@ -1,4 +1,4 @@
-"""What a recorded run must name: device, versions, commit; and the copy rate that its figures are held against."""
+"""What a recorded run must name: device, versions, commit; and the rates that its figures are held against."""
 
 import datetime
 import platform
@@ -39,6 +39,17 @@ def copy_rate(megabytes: int = 512) -> float:
     return 2 * source.numel() * 4 / sorted(seconds)[4]
 
 
+def gemm_rate(size: int = 2048) -> float:
+    """FLOPs a second of a large float32 matrix product: the median of nine."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    seconds = []
+    for _ in range(9):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / sorted(seconds)[4]
+
+
 def environment(command: str) -> dict:
     """Everything beside the figures themselves."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
@@ -52,4 +63,5 @@ def environment(command: str) -> dict:
         "sdfast": sdfast.__version__,
         "commit": commit.stdout.strip() or "unknown",
         "copy_bytes_per_second": copy_rate(),
+        "gemm_flops_per_second": gemm_rate(),
     }

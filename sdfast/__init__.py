@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from sdfast import models as models
     from sdfast import nn as nn
     from sdfast import train as train
+    from sdfast.ops.prediction_bank import BankRows, PredictionBank, SuspectedLabels, elr_loss
     from sdfast.ops.self_distillation import (
         AdaptiveAlpha,
         ClassPrior,
@@ -23,12 +24,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdaptiveAlpha",
+    "BankRows",
     "ClassPrior",
     "ClipLabel",
     "GeneralizedCrossEntropy",
     "LossStats",
+    "PredictionBank",
     "SmallLoss",
+    "SuspectedLabels",
     "data",
+    "elr_loss",
     "hilbert",
     "models",
     "nn",
@@ -36,6 +41,7 @@ __all__ = [
     "train",
 ]
 
+_BANK = ("BankRows", "PredictionBank", "SuspectedLabels", "elr_loss")
 _MODULES = ("data", "hilbert", "models", "nn", "train")
 
 
@@ -44,7 +50,8 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return import_module(f"sdfast.{name}")
     if name in __all__:
-        value = getattr(import_module("sdfast.ops.self_distillation"), name)
+        folder = "prediction_bank" if name in _BANK else "self_distillation"
+        value = getattr(import_module(f"sdfast.ops.{folder}"), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module 'sdfast' has no attribute {name!r}")

@@ -5,6 +5,14 @@
 
 namespace sdfast::self_distillation {
 
+// What a caller that has read the logits already hands to a row: their softmax, and a source of its own.
+template <class T>
+struct Prepared {
+  T total;          // sum_c exp(x_c - top), whose terms lie in the gradient (in kTerms where there is none, or mse)
+  const T* source;  // (C,) logits, or with a source_sum probabilities times that sum
+  T source_sum;     // 0 for logits
+};
+
 // One row: its loss, and factor times its gradient into `gradient` unless that is null.
 template <class T>
 struct Row {
@@ -22,6 +30,7 @@ struct Row {
   bool top_found;
   const Softmax<T>* given = nullptr;  // where `run_rows` made it, the gradient up to its two corrections included
   T log_total = 0;                    // of the logits' softmax, once found
+  const Prepared<T>* prepared = nullptr;
   RowResult<T> result;
 
   Row(const Problem<T>& problem, Scratch<T>& scratch, bool split_columns, int64_t i, const Peak<T>* known, T factor,
@@ -42,8 +51,10 @@ struct Row {
   }
 
   RowResult<T> run() {
-    const bool own_source = !problem.source || mix.source == 0;
-    const T* source = own_source ? x : scratch.fetch(problem.source, i, Scratch<T>::kSource);
+    const bool own_source = !(problem.source || prepared) || mix.source == 0;
+    const T* source = own_source ? x
+                      : prepared ? prepared->source
+                                 : scratch.fetch(problem.source, i, Scratch<T>::kSource);
     const bool one_hot = (problem.label_fn == kHardmax || mix.source == 0) && !problem.reshapes_target();
     if (problem.labels && one_hot && (problem.loss == kCrossEntropy || problem.loss == kKl)) {
       sparse(mix.source == 0 ? label : own_source ? -1 : hardmax_of(source));
@@ -66,6 +77,9 @@ struct Row {
     if (!top_found) top = peak_of(x, columns), top_found = true;
     return top;
   }
+  T exponentials(T* terms) {
+    return prepared ? prepared->total : exp_sum_of(x, columns, find_top().value, T(1), terms);
+  }
   const T* weights(int64_t begin) const { return w ? w + begin : nullptr; }
   T weight(int64_t c) const { return w ? w[c] : T(1); }
 
@@ -73,7 +87,7 @@ struct Row {
   // `source` is h's class; negative where h is the one-hot of these very logits.
   void sparse(int64_t source) {
     const bool bare = !w && mix.uniform == 0;  // then the gradient's scale is known before the softmax
-    const bool small = bare && columns.count <= kSmallRow<T>;
+    const bool small = bare && columns.count <= kSmallRow<T> && !prepared;
     T mass = mix.label + mix.source;
     T total;
     if (small) {
@@ -82,7 +96,7 @@ struct Row {
       total = softmax.total;
       log_total = softmax.log_total;
     } else {
-      total = exp_sum_of(x, columns, find_top().value, T(1), gradient);
+      total = exponentials(gradient);
       log_total = std::log(total);
     }
     if (source < 0) source = top.index;
@@ -157,7 +171,7 @@ struct Row {
     T total = 1;
     if (softmax_of_logits) {
       if (!terms && (problem.loss == kBrier || own_source)) terms = scratch.row(Scratch<T>::kTerms);
-      total = exp_sum_of(x, columns, top.value, T(1), terms);
+      total = exponentials(terms);
       log_total = std::log(total);
     }
     const T* target = mixed_target(source, own_source, softmax_of_logits ? terms : nullptr, total);
@@ -187,6 +201,8 @@ struct Row {
       hard = peak.index;
       h = nullptr;
       if (peak.nan) scaled.uniform = std::numeric_limits<T>::quiet_NaN();
+    } else if (h && prepared && prepared->source_sum > 0 && problem.label_fn == kSoftmax) {
+      scaled.source /= prepared->source_sum;
     } else if (h && problem.label_fn == kSoftmax) {
       if (own_source && own_terms && problem.label_parameter == 1) {
         scaled.source /= own_total;

@@ -1,10 +1,12 @@
 """Co-teaching: two networks, each learning from the rows that the other finds easy."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from sdfast import _checks
-from sdfast.baselines.method import Method
+from sdfast.baselines.method import Method, stats_of_labels
 from sdfast.ops.self_distillation import LossStats, SmallLoss, self_distillation_loss
 
 
@@ -23,7 +25,8 @@ def co_teaching(forget_rate: float, warm_up: int = 10) -> "CoTeaching":
         The method.
 
     Reference:
-        Han et al. 2018, "Co-teaching: Robust Training of Deep Neural Networks with Extremely Noisy Labels", algorithm 1.
+        Han et al. 2018, "Co-teaching: Robust Training of Deep Neural Networks with Extremely Noisy Labels",
+        algorithm 1.
     """
     return CoTeaching(forget_rate, warm_up)
 
@@ -73,9 +76,9 @@ class CoTeaching(Method):
         total = logits.new_zeros(())
         for own, peer in ((first, second), (second, first)):
             rule = SmallLoss(self.keep(), logits=peer)
-            total = total + self_distillation_loss(own, labels, 1.0, row_weight=rule, reduction="sum") / wanted
-        _, stats = self_distillation_loss(first.detach(), labels, 1.0, return_stats=True)
-        return total, stats
+            loss: Any = self_distillation_loss(own, labels, 1.0, row_weight=rule, reduction="sum")
+            total = total + loss / wanted
+        return total, stats_of_labels(first, labels)
 
     def predictions(self, logits: Tensor) -> Tensor:
         """The first network's."""

@@ -92,8 +92,8 @@ class DimensionalityDriven(Method):
             return
         if not self._measured:
             raise ValueError(
-                f"neighbours: got {self.neighbours}, but no batch of the last epoch had more rows than that, so d2l has "
-                "nothing to measure"
+                f"neighbours: got {self.neighbours}, but no batch of the last epoch had more rows, so d2l has nothing "
+                "to measure"
             )
         self.dimensions.append(statistics.mean(float(dimension) for dimension in self._measured))
         self._measured.clear()

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from sdfast import _checks, _dispatch
+from sdfast.ops.prediction_bank import op as prediction_bank  # a module: the two folders import each other
+from sdfast.ops.prediction_bank.bank import BankRows
 from sdfast.ops.self_distillation import arguments
 from sdfast.ops.self_distillation.arguments import AdaptiveAlpha, ClassPrior, ClipLabel, LossStats
 from sdfast.ops.self_distillation.description import LOSSES, MIXINGS, REDUCTIONS, Description
@@ -32,7 +34,7 @@ def self_distillation_loss(
     labels: Tensor,
     alpha: float | Tensor | AdaptiveAlpha,
     *,
-    source: Tensor | ClassPrior | None = None,
+    source: Tensor | ClassPrior | BankRows | None = None,
     label_fn: str | ClipLabel = "hardmax",
     temperature: float = 1.0,
     mixing: str = "arithmetic",
@@ -71,8 +73,9 @@ def self_distillation_loss(
         alpha: Weight of the given label: a float, a 0-d or a (...) tensor, or `AdaptiveAlpha`. Within [0, 1], but any
             number with mse, where the theory of optimal mixing wants it. A tensor on a GPU is not checked.
         source: (..., C) logits to learn from instead of the model's own: a teacher's, or those of an earlier epoch.
-            Always detached. Probabilities p are the logits ``p.log()`` of a softmax at temperature 1. Or a
-            `ClassPrior`.
+            Always detached. Probabilities p are the logits ``p.log()`` of a softmax at temperature 1. Or
+            ``bank.rows(indices)`` of a `sdfast.PredictionBank`: the running mean of past predictions, read and
+            written. Or a `ClassPrior`.
         label_fn: h, what becomes of the source. ``"hardmax"``: one-hot at its largest entry (the first, on ties).
             ``"softmax"``: softmax(s / temperature). ``"identity"`` and `ClipLabel` go with mse only.
         temperature: Of the source's softmax; positive. The model's own softmax has none, and no T² factor is applied.
@@ -99,7 +102,7 @@ def self_distillation_loss(
     Raises:
         TypeError: A tensor has a dtype that cannot be used, or is no tensor.
         ValueError: Shapes, devices or options do not fit; the message names the argument.
-        IndexError: A label on the CPU is out of range. (On a GPU its row becomes NaN.)
+        IndexError: A label or a bank's index on the CPU is out of range. (On a GPU its row becomes NaN.)
         NotImplementedError: The backend asked for cannot serve the call; the message says why.
 
     Note:
@@ -149,7 +152,10 @@ def self_distillation_loss(
     state: Tensor | None
     if chosen == "reference":
         arguments.check_values(rows, mix, flat, loss, ignore_index)
-        value, state = self_distillation_reference(*rows_in, description)
+    if isinstance(source, BankRows):
+        value, state = prediction_bank.prediction_bank_loss(chosen, *rows_in, description, return_stats)  # type: ignore[arg-type]
+    elif chosen == "reference":
+        value, state = self_distillation_reference(*rows_in, description)  # type: ignore[arg-type]
     else:
         out = self_distillation(chosen, *rows_in, description, return_stats)
         value, state = out if return_stats else (out, None)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sdfast import _checks
+from sdfast.ops.prediction_bank.bank import BankRows, check_rows
 from sdfast.ops.self_distillation.description import LABEL_FUNCTIONS, LOSSES, MIXINGS, REDUCTIONS, accumulation_dtype
 from sdfast.ops.self_distillation.reference import batch_accuracy
 
@@ -224,8 +225,15 @@ def _synchronised_alpha(alpha: AdaptiveAlpha, flat: Tensor, labels: Tensor, igno
     return 1 - (alpha.ratio * counts[0] / counts[1].clamp(min=1)).clamp(0, 1)
 
 
-def source_rows(source: Tensor | ClassPrior, logits: Tensor, label_fn: str | ClipLabel) -> Tensor:
-    """The source as (N, C) rows beside the logits, detached."""
+def source_rows(source: Tensor | ClassPrior | BankRows, logits: Tensor, label_fn: str | ClipLabel) -> Tensor | BankRows:
+    """The source as (N, C) rows beside the logits, detached; a bank's as they are."""
+    if isinstance(source, BankRows):
+        check_rows("source", source, logits)
+        if label_fn not in ("softmax", "hardmax"):
+            raise ValueError(
+                f"label_fn: got {label_fn!r}, but a bank holds probabilities: wanted 'softmax' or 'hardmax'"
+            )
+        return source
     if isinstance(source, ClassPrior):
         if label_fn != "softmax":
             raise ValueError(f"label_fn: got {label_fn!r}, but a ClassPrior is a distribution and wants 'softmax'")
