@@ -64,6 +64,8 @@ class DimensionalityDriven(Method):
         turned: The epoch from which on α is below 1, or ``None``.
     """
 
+    looks_into_model = True
+
     def __init__(self, neighbours: int, batches: int, window: int) -> None:
         for name, value in (("neighbours", neighbours), ("batches", batches), ("window", window - 1)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -15,6 +15,10 @@ class Method(nn.Module):
     What it remembers of earlier batches is in its `state_dict`. In a loop of one's own call `set_epoch` before each
     epoch; `sdfast.train.SelfDistiller` does.
 
+    Attributes:
+        needs_indices: Whether `forward` wants indices.
+        looks_into_model: Whether `watch` hooks onto modules, which compiled code would not call.
+
     Args:
         name: As the command line knows it.
         loss: ``loss(logits, labels, return_stats=True)``, where the method needs no more than that.
@@ -22,6 +26,7 @@ class Method(nn.Module):
     """
 
     needs_indices = False
+    looks_into_model = False
 
     def __init__(self, name: str, loss: Callable[..., Any] | None = None, **options: Any) -> None:
         super().__init__()
@@ -84,7 +89,7 @@ class Method(nn.Module):
 def stats_of_labels(logits: Tensor, labels: Tensor) -> LossStats:
     """The statistics of learning from the labels alone."""
     _, stats = self_distillation_loss(logits.detach(), labels, 1.0, return_stats=True)
-    return stats  # type: ignore[return-value]
+    return stats
 
 
 def mean_entropy(logits: Tensor, labels: Tensor) -> Tensor:
