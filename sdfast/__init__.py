@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from sdfast import baselines as baselines
     from sdfast import data as data
     from sdfast import hilbert as hilbert
     from sdfast import models as models
@@ -32,6 +33,7 @@ __all__ = [
     "PredictionBank",
     "SmallLoss",
     "SuspectedLabels",
+    "baselines",
     "data",
     "elr_loss",
     "hilbert",
@@ -42,7 +44,7 @@ __all__ = [
 ]
 
 _BANK = ("BankRows", "PredictionBank", "SuspectedLabels", "elr_loss")
-_MODULES = ("data", "hilbert", "models", "nn", "train")
+_MODULES = ("baselines", "data", "hilbert", "models", "nn", "train")
 
 
 # Loaded at first use, torch with them: what needs no torch must import without it.
