@@ -151,8 +151,8 @@ def summary(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             last = [100 * run["last"] for run in runs if run["noise"] == rate]
             best = [100 * run["best"] for run in runs if run["noise"] == rate]
             cells.append(f"{mean_and_deviation(last)} ({statistics.mean(best):.1f})" if last else "")
-        rows.append([method, *cells, f"{statistics.median(run['seconds'] for run in runs):.1f}"])
-    return ["method", *(f"noise {rate:g}" for rate in rates), "s / run"], rows
+        rows.append([method, *cells])
+    return ["method", *(f"noise {rate:g}" for rate in rates)], rows
 
 
 def _begun(path: Path, setting: dict[str, Any]) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ SETTING = (
     "no augmentation, no weight decay; a random quarter held out for testing, so small that half a percent is two "
     "images. Every method runs at the defaults that stand with it below; none was tuned here, and most papers chose "
     "theirs for larger data. Co-teaching is told the share of wrong labels, trains two networks and is judged by the "
-    "first. The seconds are medians of runs one after another on one thread of a machine that others used too."
+    "first."
 )
 
 USE = """## In use
