@@ -47,6 +47,10 @@ def prediction_bank_reference(
         usable = usable & (finite | (seen > 0))
     believed = torch.where(finite[:, None], new, old) if bank.write_first else old
     believed = torch.where(usable[:, None], believed, 0)
+    # Written before the loss: a checkpoint's recomputation stops at the last tensor that the loss saves.
+    if bank.update:
+        writes = ours & finite & ~wrong & (last[index] == place)
+        _write(storage, index[writes], new[writes])
 
     a = _row_alphas(logits, labels, alpha, description)
     a = torch.where(wrong, torch.nan, torch.where(usable, a, 1.0))
@@ -65,10 +69,6 @@ def prediction_bank_reference(
         state = state if mean else torch.cat([state[:1], state.new_ones(1), state[2:]])
     else:
         state = torch.cat([state[:1], state.new_ones(1), state[2:]])
-
-    if bank.update:
-        writes = ours & finite & ~wrong & (last[index] == place)
-        _write(storage, index[writes], new[writes])
     return value, state
 
 
