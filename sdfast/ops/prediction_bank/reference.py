@@ -27,12 +27,11 @@ def prediction_bank_reference(
     kept = labels != description.ignore_index if labels.dim() == 1 else torch.ones_like(indices, dtype=torch.bool)
     found = (indices >= 0) & (indices < samples)
     index = torch.where(kept & found, indices, 0)
-    # The last row of the batch that has an index, and how many have it.
+    # The last row of the batch that has an index.
     place = torch.arange(1, len(indices) + 1, device=indices.device)
     ours = kept & found
     last = place.new_zeros(samples).scatter_reduce(0, index, torch.where(ours, place, 0), "amax")
-    shared = place.new_zeros(samples).scatter_add(0, index, ours.long())
-    wrong = kept & ~found if not bank.unique else kept & (~found | (shared[index] > 1))
+    wrong = kept & ~found if not bank.unique else kept & (~found | (last[index] != place))
 
     observed = _observation(torch.where(kept[:, None], logits, 0).detach(), bank.clamp)  # (N, C)
     seen = storage.seen[index]
