@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from sdfast import _checks, _dispatch
+from sdfast.ops.prediction_bank import BankRows, PredictionBank, elr_loss
 from sdfast.ops.self_distillation import (
     AdaptiveAlpha,
     ClassPrior,
@@ -15,7 +16,7 @@ from sdfast.ops.self_distillation import (
 )
 from sdfast.ops.self_distillation.weights import RowWeight
 
-__all__ = ["SelfDistillationLoss"]
+__all__ = ["ELRLoss", "SelfDistillationLoss"]
 
 
 class SelfDistillationLoss(nn.Module):
@@ -98,7 +99,7 @@ class SelfDistillationLoss(nn.Module):
         labels: Tensor,
         *,
         alpha: float | Tensor | AdaptiveAlpha | None = None,
-        source: Tensor | ClassPrior | None = None,
+        source: Tensor | ClassPrior | BankRows | None = None,
         row_weight: RowWeight = None,
     ) -> Tensor | tuple[Tensor, LossStats]:
         """The loss of the logits.
@@ -107,7 +108,8 @@ class SelfDistillationLoss(nn.Module):
             logits: (..., C), classes last.
             labels: (...) class indices or (..., C) probabilities.
             alpha: Instead of the constructor's, for this call; here also one a row.
-            source: (..., C) logits to learn from instead of the model's own, or a `sdfast.ClassPrior`.
+            source: (..., C) logits to learn from instead of the model's own, ``bank.rows(indices)`` or a
+                `sdfast.ClassPrior`.
             row_weight: (...), a factor on each row's loss, or a rule; instead of the constructor's.
 
         Returns:
@@ -165,3 +167,91 @@ class SelfDistillationLoss(nn.Module):
             logits, given, alpha, source=logits, class_weight=self.class_weight, row_weight=rule, backend="reference",
             **self._options(),
         )  # fmt: skip
+
+
+class ELRLoss(nn.Module):
+    """`sdfast.elr_loss` with its bank and options in the constructor.
+
+    Options that do not exist or do not go together are refused here already, not at the first batch. The bank is a
+    submodule, so its rows are in the state dict.
+
+    Args:
+        bank: The predictions of the training set.
+        strength: λ of the regularisation.
+        clamp: Where probabilities are cut off, as in the function, and so are all that follow.
+        ignore_index: Rows with this index label count for nothing.
+        label_smoothing: Of the given label, in the cross entropy.
+        class_weight: (C,); a buffer, so it moves with the module.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        backend: ``None`` for the best one available.
+
+    Raises:
+        TypeError: An option has the wrong type.
+        ValueError: An option does not exist, or does not go with the others; the message names it.
+    """
+
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        bank: PredictionBank,
+        *,
+        strength: float = 7.0,
+        clamp: float = 1e-4,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        class_weight: Tensor | None = None,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(bank, PredictionBank):
+            raise TypeError(f"bank: got {type(bank).__name__}, wanted a sdfast.PredictionBank")
+        if backend is not None:
+            _checks.check_option("backend", backend, _dispatch.BACKENDS)
+        self.bank = bank
+        self.register_buffer("class_weight", class_weight)
+        self.strength = strength
+        self.clamp = clamp
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.reduction = reduction
+        self.backend = backend
+        device = bank.seen.device
+        weight = None if class_weight is None else class_weight.to(device)
+        logits, label = (
+            torch.zeros(1, bank.num_classes, device=device),
+            torch.zeros(1, dtype=torch.int64, device=device),
+        )
+        with torch.no_grad():  # the bank is only read
+            elr_loss(logits, label, bank.rows(label), class_weight=weight, backend="reference", **self._options())
+
+    def forward(self, logits: Tensor, labels: Tensor, indices: Tensor, *, row_weight: Tensor | None = None) -> Tensor:
+        """The loss of the logits, whose predictions go into the bank.
+
+        Args:
+            logits: (..., C), classes last.
+            labels: (...) class indices or (..., C) probabilities.
+            indices: (...) integers, which sample each row is of.
+            row_weight: (...), a factor on each row's loss.
+
+        Returns:
+            The loss.
+        """
+        return elr_loss(
+            logits,
+            labels,
+            self.bank.rows(indices),
+            class_weight=self.class_weight,
+            row_weight=row_weight,
+            backend=self.backend,
+            **self._options(),
+        )
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return ", ".join(f"{name}={value!r}" for name, value in self._options().items())
+
+    def _options(self) -> dict:
+        names = ("strength", "clamp", "ignore_index", "label_smoothing", "reduction")
+        return {name: getattr(self, name) for name in names}

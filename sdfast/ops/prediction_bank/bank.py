@@ -48,7 +48,7 @@ class PredictionBank(nn.Module):
             told: where each sample comes once an epoch these are the first E epochs.
         top_k: Keep only the k largest probabilities of a row (4 to 8 bytes each, and the mass of the rest spread
             evenly); ``None`` keeps all.
-        unique: An index that comes twice in a batch is an error (on a GPU: its rows become NaN).
+        unique: An index that comes twice in a batch is an error (on a GPU: all its rows but the last become NaN).
 
     Attributes:
         predictions: (num_samples, num_classes) rows, or with `top_k` (num_samples, k + 1), the rest's mass last.

@@ -67,7 +67,7 @@ def elr_loss(
     labels = _checks.check_labels(logits, labels, regression=False)
     arguments.check_options("cross_entropy", reduction, ignore_index, label_smoothing, class_weight, labels)
     check_rows("rows", rows, logits)
-    if not _checks.is_number(strength) or strength < 0:
+    if not _checks.is_number(strength) or not 0 <= strength <= _checks.LARGEST:
         raise ValueError(f"strength: got {strength!r}, wanted a finite number >= 0")
     if not _checks.is_number(clamp) or not 0 <= clamp < 0.5:
         raise ValueError(f"clamp: got {clamp!r}, wanted a number in [0, 0.5)")

@@ -110,6 +110,10 @@ def prediction_bank_loss(
     bank = rows.describe(strength, clamp)
     indices = rows.indices.reshape(-1).to(torch.int64).contiguous()
     storage = rows.bank.storage()
+    if storage.sparse and backend in ("cuda", "triton"):
+        raise NotImplementedError(
+            f"backend={backend!r}: a bank with top_k is served on a CPU; on this device pass backend='reference'"
+        )
     if backend == "reference":
         check_indices(indices, labels, description, bank, len(storage.seen))
         value, state = prediction_bank_reference(

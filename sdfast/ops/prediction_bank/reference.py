@@ -27,12 +27,11 @@ def prediction_bank_reference(
     kept = labels != description.ignore_index if labels.dim() == 1 else torch.ones_like(indices, dtype=torch.bool)
     found = (indices >= 0) & (indices < samples)
     index = torch.where(kept & found, indices, 0)
-    # The last row of the batch that has an index, and how many have it.
+    # The last row of the batch that has an index.
     place = torch.arange(1, len(indices) + 1, device=indices.device)
     ours = kept & found
     last = place.new_zeros(samples).scatter_reduce(0, index, torch.where(ours, place, 0), "amax")
-    shared = place.new_zeros(samples).scatter_add(0, index, ours.long())
-    wrong = kept & ~found if not bank.unique else kept & (~found | (shared[index] > 1))
+    wrong = kept & ~found if not bank.unique else kept & (~found | (last[index] != place))
 
     observed = _observation(torch.where(kept[:, None], logits, 0).detach(), bank.clamp)  # (N, C)
     seen = storage.seen[index]
@@ -47,6 +46,10 @@ def prediction_bank_reference(
         usable = usable & (finite | (seen > 0))
     believed = torch.where(finite[:, None], new, old) if bank.write_first else old
     believed = torch.where(usable[:, None], believed, 0)
+    # Written before the loss: a checkpoint's recomputation stops at the last tensor that the loss saves.
+    if bank.update:
+        writes = ours & finite & ~wrong & (last[index] == place)
+        _write(storage, index[writes], new[writes])
 
     a = _row_alphas(logits, labels, alpha, description)
     a = torch.where(wrong, torch.nan, torch.where(usable, a, 1.0))
@@ -65,10 +68,6 @@ def prediction_bank_reference(
         state = state if mean else torch.cat([state[:1], state.new_ones(1), state[2:]])
     else:
         state = torch.cat([state[:1], state.new_ones(1), state[2:]])
-
-    if bank.update:
-        writes = ours & finite & ~wrong & (last[index] == place)
-        _write(storage, index[writes], new[writes])
     return value, state
 
 
