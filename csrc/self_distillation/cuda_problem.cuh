@@ -26,11 +26,17 @@ struct Problem {
   T target_power = 1, row_power = 0;
   bool want_stats = false;
   In* gradient = nullptr;              // (N, C) or absent
+  T* wide_gradient = nullptr;          // (N, C), instead, where it is not to be rounded yet
   int team_size = 0, cache_slots = 0;  // threads that share a row; pieces of it that a thread keeps in shared memory
 
   bool reshapes_target() const { return mixing != kArithmetic || target_power != T(1); }
   __device__ bool kept(int64_t i) const { return !labels || labels[i * label_stride] != ignore_index; }
   __device__ T alpha_of(int64_t i, T shared) const { return alpha ? alpha[i * alpha_stride] : shared; }
+  __device__ bool wants_gradient() const { return gradient || wide_gradient; }
+  template <bool kAligned>
+  __device__ OutputRow<In, kAligned> gradient_row(int64_t i, const Layout<In, kAligned>& layout) const {
+    return {gradient ? gradient + i * classes : nullptr, layout, wide_gradient ? wide_gradient + i * classes : nullptr};
+  }
   __device__ bool one_column_signs() const { return classes == 1 && soft_labels.data; }
 };
 
@@ -107,8 +113,8 @@ struct Online {
 };
 
 // The peak of one row of any operand and, where wanted, the sum of exp((x_c - top) / temperature), in `tempered`.
-template <class In, bool kAligned>
-__device__ Online<In> scan(const Operand& operand, int64_t i, const Layout<In, kAligned>& layout, bool sums,
+template <class In, bool kAligned, class Rows>
+__device__ Online<In> scan(const Rows& operand, int64_t i, const Layout<In, kAligned>& layout, bool sums,
                            bool want_index, Accumulated<In> inverse_temperature) {
   using T = Accumulated<In>;
   const auto load = [&](int step, T(&x)[Piece<In>::kSize]) {

@@ -5,11 +5,24 @@
 
 namespace sdfast::self_distillation {
 
+// A source that lies in a tensor, or none: it needs nothing of the row's own softmax and adds nothing to the loss.
+struct TensorSource : Operand {
+  static constexpr bool kNeedsSoftmax = false;
+  __device__ explicit TensorSource(const Operand& rows) : Operand(rows) {}
+  __device__ bool present() const { return data != nullptr; }
+  __device__ static bool wants_dense() { return false; }
+  template <class Peak, class Layout>
+  __device__ void begin(const Peak&, const Layout&) {}
+  template <class T, int kSize>
+  __device__ void add_gradient(int, T, T (&)[kSize]) const {}
+  __device__ static float loss() { return 0; }
+};
+
 // How much a row's code must know. Sparse is half as large, and enough for index labels with a one-hot h, or with none;
 // in a dense target any number of classes may be above zero; a reshaped one is sharpened, or a geometric mean.
 enum Targets : int { kSparseTargets, kDenseTargets, kReshapedTargets };
 
-template <class In, bool kAligned, Targets kTargets>
+template <class In, bool kAligned, Targets kTargets, class Source = TensorSource>
 struct Row {
   using T = Accumulated<In>;
   using Pieces = Piece<In>;
@@ -29,19 +42,22 @@ struct Row {
   bool bad_label = false;     // out of range
   bool poisoned = false;      // the target is not a number: by its label or by a hardmax of NaN
   Online<In> top;             // of the logits
+  Source source;
   T source_top = 0, source_scale = 0, inverse_temperature = 1;
   T target_top = 0, target_scale = 1;  // of a reshaped target
   RowResult<T> result;
 
-  __device__ Row(const Problem<In>& problem, const Layout<In, kAligned>& layout, int64_t i, T alpha, T factor)
+  __device__ Row(const Problem<In>& problem, const Layout<In, kAligned>& layout, int64_t i, T alpha, T factor,
+                 const Source& source)
       : problem(problem),
         layout(layout),
         i(i),
         alpha(alpha),
         factor(factor),
         logits(problem.logits, i, layout, problem.cache_slots),
-        out{problem.gradient ? problem.gradient + i * problem.classes : nullptr, layout},
-        mix(mixture(alpha, problem.label_smoothing, problem.classes)) {}
+        out(problem.gradient_row(i, layout)),
+        mix(mixture(alpha, problem.label_smoothing, problem.classes)),
+        source(source) {}
 
   __device__ RowResult<T> run() {
     read_label();
@@ -53,7 +69,7 @@ struct Row {
       if constexpr (kReshaped) scan_target();
       const bool log_loss = problem.loss == kCrossEntropy || problem.loss == kKl;
       const bool one_hot = !kReshaped && (mix.source == 0 || problem.label_fn == kHardmax);
-      if (log_loss && problem.labels && mix.uniform == 0 && one_hot)
+      if (!source.wants_dense() && log_loss && problem.labels && mix.uniform == 0 && one_hot)
         sparse();
       else
         dense();
@@ -87,12 +103,12 @@ struct Row {
   }
 
   __device__ void read_logits_and_source() {
-    const bool own_source = !problem.source.data;
+    const bool own_source = !source.present();
     const bool hardmax = mix.source != 0 && problem.label_fn == kHardmax;
     const bool softmax = kDense && mix.source != 0 && problem.label_fn == kSoftmax;
     if (softmax) inverse_temperature = T(1) / problem.label_parameter;
 
-    const bool sums = !kDense || problem.loss != kMse || (own_source && softmax);
+    const bool sums = !kDense || problem.loss != kMse || (own_source && softmax) || Source::kNeedsSoftmax;
     const bool want_index = problem.want_stats || (own_source && hardmax);
     if (sums || want_index) {
       const T own_temperature = own_source ? inverse_temperature : T(1);
@@ -104,8 +120,9 @@ struct Row {
       top.finish(layout, sums, want_index, own_temperature,
                  [&](int step, T(&x)[kSize]) { widen(logits.fetch(step), x); });
     }
+    source.begin(top, layout);
     if (!hardmax && !softmax) return;
-    const Online<In> peak = own_source ? top : scan(problem.source, i, layout, softmax, hardmax, inverse_temperature);
+    const Online<In> peak = own_source ? top : scan(source, i, layout, softmax, hardmax, inverse_temperature);
     if (hardmax) {
       hard = peak.index;
       poisoned = poisoned || peak.top != peak.top;
@@ -196,8 +213,9 @@ struct Row {
     team_sum(layout.team, sums);
     result.loss = problem.loss == kMse ? sums[0] / problem.classes : sums[0];
     if (problem.loss != kMse && !(top.total > 0)) result.loss = kNaN;
+    result.loss += source.loss();
     if (problem.want_stats) dense_stats(sums[2], best, best_column);
-    if (problem.gradient) write_dense_gradient(sums[1], normalizer);
+    if (problem.wants_gradient()) write_dense_gradient(sums[1], normalizer);
   }
 
   __device__ void write_dense_gradient(T mass_or_inner, T normalizer) {
@@ -217,6 +235,7 @@ struct Row {
         else if (layout.holds(step, j))
           x[j] = cross_entropy_gradient(p, t[j] * weight(layout.column(step, j)), mass_or_inner) * factor;
       }
+      source.add_gradient(step, factor, x);
       out.store(step, x);
     });
   }
@@ -249,8 +268,8 @@ struct Row {
     } else {
       problem.soft_labels.load(i, layout, step, T(0), y);
     }
-    if (problem.source.data) {
-      problem.source.load(i, layout, step, T(0), v);
+    if (source.present()) {
+      source.load(i, layout, step, T(0), v);
     } else {
 #pragma unroll
       for (int j = 0; j < kSize; ++j) v[j] = x[j];
@@ -299,8 +318,8 @@ struct Row {
     if (mix.source == 0) return;
     if (problem.label_fn == kHardmax) return add_one_hot(step, hard, mix.source, t);
     T h[kSize];
-    if (problem.source.data) {
-      problem.source.load(i, layout, step, T(0), h);
+    if (source.present()) {
+      source.load(i, layout, step, T(0), h);
     } else {
 #pragma unroll
       for (int j = 0; j < kSize; ++j) h[j] = x[j];
@@ -339,7 +358,7 @@ struct Row {
 // The gradient of an ignored row.
 template <class In, bool kAligned>
 __device__ void zero_row(const Problem<In>& problem, int64_t i, const Layout<In, kAligned>& layout) {
-  const OutputRow<In, kAligned> out = {problem.gradient + i * problem.classes, layout};
+  const OutputRow<In, kAligned> out = problem.gradient_row(i, layout);
   const Accumulated<In> zeros[Piece<In>::kSize] = {};
   for (int step = 0; step < layout.steps(); ++step) out.store(step, zeros);
 }
