@@ -19,9 +19,9 @@ def d2l(neighbours: int = 20, batches: int = 10, window: int = 5) -> "Dimensiona
 
         α = exp(−(t / T) · LID_{t−1} / min_{j<t−1} LID_j)
 
-    and before that α = 1. The features are the inputs of the model's last linear layer. The paper's code measures them
-    on batches drawn anew and goes back to the weights before the turning point; here they are those of the training
-    batches that pass by, and training goes on.
+    and before that α = 1. The features are the inputs of the model's last linear layer. The authors' code waits some
+    epochs more, measures them on batches drawn anew, and goes back to the weights saved before the turning point; here
+    they are those of the training batches that pass by, and training goes on.
 
     Args:
         neighbours: k of the estimate; batches with fewer other rows are passed over.
