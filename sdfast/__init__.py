@@ -11,13 +11,17 @@ if TYPE_CHECKING:
     from sdfast import models as models
     from sdfast import nn as nn
     from sdfast import train as train
+    from sdfast.ops.distillation import LogProbabilities, TopK, distillation_loss
     from sdfast.ops.self_distillation import AdaptiveAlpha, ClipLabel, LossStats, self_distillation_loss
 
 __all__ = [
     "AdaptiveAlpha",
     "ClipLabel",
+    "LogProbabilities",
     "LossStats",
+    "TopK",
     "data",
+    "distillation_loss",
     "hilbert",
     "models",
     "nn",
@@ -26,6 +30,7 @@ __all__ = [
 ]
 
 _MODULES = ("data", "hilbert", "models", "nn", "train")
+_HOMES = {name: "distillation" for name in ("LogProbabilities", "TopK", "distillation_loss")}
 
 
 # Loaded at first use, torch with them: what needs no torch must import without it.
@@ -33,7 +38,7 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return import_module(f"sdfast.{name}")
     if name in __all__:
-        value = getattr(import_module("sdfast.ops.self_distillation"), name)
+        value = getattr(import_module(f"sdfast.ops.{_HOMES.get(name, 'self_distillation')}"), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module 'sdfast' has no attribute {name!r}")

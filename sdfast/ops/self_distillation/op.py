@@ -104,7 +104,7 @@ class SelfDistillation(torch.autograd.Function):
     def forward(ctx, backend, logits, labels, alpha, source, class_weight, row_weight, description, want_stats):
         """Computes the loss, and the gradient too where it is wanted and reduced."""
         wanted = ctx.needs_input_grad[1]
-        now = wanted and _writes_gradient_early(backend, logits.dtype, description.reduction)
+        now = wanted and writes_gradient_early(backend, logits.dtype, description.reduction)
         value, gradient, state = _OPERATIONS[backend].forward(
             logits, labels, alpha, source, class_weight, row_weight, *description, now, want_stats
         )
@@ -132,13 +132,13 @@ class SelfDistillation(torch.autograd.Function):
             return (None,) * 9
         saved = ctx.saved_tensors  # read once: activation checkpointing unpacks them only once
         if len(saved) == 1:
-            gradient = _scaled(saved[0], upstream, ctx.backend)
+            gradient = scaled(saved[0], upstream, ctx.backend)
         else:
             gradient = _gradient_from_inputs(_OPERATIONS[ctx.backend], upstream, saved, ctx.description)
         return None, gradient, None, None, None, None, None, None, None
 
 
-def _writes_gradient_early(backend: str, dtype: torch.dtype, reduction: int) -> bool:
+def writes_gradient_early(backend: str, dtype: torch.dtype, reduction: int) -> bool:
     """Whether the forward writes the gradient, for an upstream gradient of 1.
 
     Not where that would lose something: `none` has an upstream gradient a row, and float16 needs the factor of a loss
@@ -151,7 +151,7 @@ def _writes_gradient_early(backend: str, dtype: torch.dtype, reduction: int) -> 
     return backend == "cpu" or not torch.compiler.is_compiling()
 
 
-def _scaled(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
+def scaled(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
     """`gradient` times the 0-d `upstream`: `gradient` itself where nobody needs it again."""
     traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(upstream) is not Tensor
     if not traced and not _is_batched(upstream) and not _graph_is_kept():
