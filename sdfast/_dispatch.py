@@ -7,11 +7,10 @@ on what is installed, never on values, so it is the same while compiling.
 
 import importlib.util
 import os
-import warnings
 
 import torch
 
-from sdfast import _native
+from sdfast import _native, _warnings
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 DEVICES = ("cpu", "cuda", "xpu")
@@ -67,7 +66,7 @@ def _warn_of_reference(device_type: str) -> None:
         return
     _warned.add(device_type)
     reasons = "; ".join(f"{name}: {why_not(name, device_type)}" for name in BACKENDS[:-1])
-    warnings.warn(f"sdfast runs its slow plain PyTorch reference on {device_type} ({reasons})", stacklevel=4)
+    _warnings.warn_caller(f"sdfast runs its slow plain PyTorch reference on {device_type} ({reasons})")
 
 
 def choose(backend: str | None, device_type: str, unserved: tuple[str, ...] = ()) -> str:
@@ -86,9 +85,9 @@ def choose(backend: str | None, device_type: str, unserved: tuple[str, ...] = ()
         NotImplementedError: `backend` cannot serve this call; the message says why.
     """
     if backend is None:
-        if functorch_is_active():
+        if torch._C._are_functorch_transforms_active():
             return "reference"
-        chosen = automatic(device_type)
+        chosen = _AUTOMATIC.get(device_type, "reference")
         if chosen in unserved:
             chosen = "reference" if why_not("triton", device_type) else "triton"
         if chosen == "reference" and not torch.compiler.is_compiling():

@@ -5,7 +5,7 @@ matrix products carry that on: nothing of rows × classes is ever held. The buff
 for float64): logits rounded to bfloat16 would be off by several per cent of their probabilities.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -155,21 +155,56 @@ class Gradients:
         )
 
 
-def chunks(rows: int, chunk: int) -> Iterator[slice]:
-    """The rows in chunks of nearly equal size, none larger than `chunk`."""
-    count = -(-rows // chunk)
-    return _slices(rows, -(-rows // count) if count else 1)
+def sweep(
+    classifiers: list[Classifier], plan: Plan, of_block: Callable[..., Tensor | None], gradients: Gradients | None
+) -> None:
+    """Makes the logits chunk by chunk, and has `of_block` look at them, block by block.
+
+    Args:
+        classifiers: Of the student, and of a teacher, over the same rows and classes.
+        plan: Sizes.
+        of_block: Called with the rows, a slice, and each classifier's logits of them; returns the gradient of the
+            student's, which it may write over them.
+        gradients: Takes the gradient of a chunk; ``None``: there is none.
+    """
+    count, real = len(classifiers[0].hidden), accumulation_dtype(classifiers[0].hidden.dtype)
+    buffers = [c.hidden.new_empty((min(plan.chunk, count), len(c.weight)), dtype=real) for c in classifiers]
+    pieces = -(-count // plan.chunk)
+    for rows in _slices(count, -(-count // pieces) if pieces else 1):  # nearly equal chunks, not a small last one
+        chunks = [buffer[: rows.stop - rows.start] for buffer in buffers]
+        for classifier, chunk in zip(classifiers, chunks, strict=True):
+            classifier.logits_into(chunk, rows, plan.columns)
+        for part in _slices(rows.stop - rows.start, plan.block or plan.chunk):
+            blocks = [chunk[part] for chunk in chunks]
+            gradient = of_block(slice(rows.start + part.start, rows.start + part.stop), *blocks)
+            if gradients is not None and gradient is not None and gradient.data_ptr() != blocks[0].data_ptr():
+                blocks[0].copy_(gradient)
+        if gradients is not None:
+            gradients.add(chunks[0], rows, plan.columns)
 
 
 def _slices(count: int, step: int) -> Iterator[slice]:
     return (slice(begin, min(count, begin + step)) for begin in range(0, count, step))
 
 
-def blocks(rows: slice, block: int) -> Iterator[tuple[slice, slice]]:
-    """The rows of a chunk in blocks: (of all rows, of the chunk). One block where `block` is 0."""
-    count = rows.stop - rows.start
-    for part in _slices(count, block or max(count, 1)):
-        yield slice(rows.start + part.start, rows.start + part.stop), part
+def rows_of(tensor: Tensor | None, rows: slice) -> Tensor | None:
+    """Those rows of a tensor that has one entry a row, or the tensor itself where it has one for all."""
+    return tensor if tensor is None or tensor.dim() == 0 else tensor[rows]
+
+
+def row_factors(row_weight: Tensor | None, denominator: Tensor, rows: int) -> Tensor:
+    """(N,) factors that make a sum over rows the mean: row weights over the 0-d denominator."""
+    share = (1 / denominator).expand(rows)
+    return share.contiguous() if row_weight is None else row_weight * share
+
+
+def refuse_double_backward(name: str) -> None:
+    """Raises where the gradient is to be differentiated: a saved one would give silent zeros."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{name}: its native backends have no second derivative; pass backend='reference' to differentiate the "
+            "gradient (create_graph=True)"
+        )
 
 
 def check_classifier(names: tuple[str, str, str], hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -95,12 +95,9 @@ def linear_self_distillation_loss(
     chosen = _dispatch.choose(backend, hidden.device.type)
     flat = hidden.reshape(-1, width)
 
-    adaptive = isinstance(alpha, AdaptiveAlpha)
-    if isinstance(alpha, AdaptiveAlpha) and chosen != "reference":
-        alpha, adaptive = _counted_alpha(alpha, flat, weight, bias, rows, ignore_index, plan), False
-    if isinstance(alpha, AdaptiveAlpha) and alpha.sync:
-        alpha, adaptive = _counted_alpha(alpha, flat, weight, bias, rows, ignore_index, plan), False
-    mix, alpha_value, _ = arguments.mixing(alpha, logits, logits, rows, loss, ignore_index)
+    if isinstance(alpha, AdaptiveAlpha) and (alpha.sync or chosen != "reference"):
+        alpha = _counted_alpha(alpha, flat, weight, bias, rows, ignore_index, plan)
+    mix, alpha_value, adaptive = arguments.mixing(alpha, logits, logits, rows, loss, ignore_index)
     if arguments.is_no_op(label_fn, temperature, loss, class_weight):
         arguments.warn_no_op(plain=mix is None and not adaptive and alpha_value == 1)
     description = Description(

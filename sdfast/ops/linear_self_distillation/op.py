@@ -5,14 +5,24 @@ forward when it is asked to, while it has a chunk's logits; `_linear_self_distil
 for upstream gradients one a row. `_linear_count_correct` is the pass of its own that an adaptive α takes.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from sdfast.ops import linear_chunks
-from sdfast.ops.linear_chunks import Classifier, Gradients, Plan
+from sdfast.ops.linear_chunks import (
+    Classifier,
+    Gradients,
+    Plan,
+    refuse_double_backward,
+    row_factors,
+    rows_of,
+    sweep,
+)
 from sdfast.ops.self_distillation import arguments
-from sdfast.ops.self_distillation.description import REDUCTIONS, STATE_SIZE, Description, accumulation_dtype
-from sdfast.ops.self_distillation.op import OPERATIONS, scaled
+from sdfast.ops.self_distillation.description import LOSSES, REDUCTIONS, STATE_SIZE, Description, accumulation_dtype
+from sdfast.ops.self_distillation.op import OPERATIONS, gradient_from_inputs, scaled
 from sdfast.ops.self_distillation.reference import batch_accuracy
 
 _CLASSIFIER = "Tensor hidden, Tensor weight, Tensor? bias"
@@ -64,10 +74,6 @@ def _fake_count(hidden, *_):
     return hidden.new_empty((2,), dtype=accumulation_dtype(hidden.dtype))
 
 
-def _rows_of(tensor: Tensor | None, rows: slice) -> Tensor | None:
-    return tensor if tensor is None or tensor.dim() == 0 else tensor[rows]
-
-
 def _denominator(labels, class_weight, reduction, ignore_index, like):
     """What the mean divides by, 0-d on the device; 1 where nothing is kept or nothing divided."""
     one = like.new_ones((), dtype=accumulation_dtype(like.dtype))
@@ -82,6 +88,15 @@ def _denominator(labels, class_weight, reduction, ignore_index, like):
     return torch.where(count == 0, one, weighed)
 
 
+def _kernel(backend: str, which: str, part: Tensor) -> Callable:
+    """The loss's operation; Triton's launcher writes the gradient over the logits themselves."""
+    if backend != "triton":
+        return getattr(OPERATIONS[backend], which)
+    from sdfast.ops.self_distillation import triton_impl  # triton is imported by its first call, never before
+
+    return partial(getattr(triton_impl, which), into=part)
+
+
 def _forward(
     backend, hidden, weight, bias, labels, alpha, class_weight, row_weight, alpha_value, label_fn, label_parameter,
     loss, reduction, ignore_index, label_smoothing, chunk, block, columns, want_hidden, want_weight, want_bias,
@@ -89,42 +104,38 @@ def _forward(
 ):  # fmt: skip
     classifier = Classifier(hidden, weight, bias).detached()
     wanted = (want_hidden, want_weight, want_bias)
-    arguments.check_values(labels, alpha, weight.t(), "", ignore_index)  # of all rows, so that the right one is named
+    of_all = "mse" if loss == LOSSES["mse"] else "cross_entropy"
+    arguments.check_values(labels, alpha, weight.t(), of_all, ignore_index)  # of all rows: the right one is named
     denominator = _denominator(labels, class_weight, reduction, ignore_index, hidden)
     if reduction == REDUCTIONS["mean"]:
-        share = (1 / denominator).expand(len(hidden))
-        row_weight = share.contiguous() if row_weight is None else row_weight * share
-    described = (label_fn, label_parameter, loss)
-    each = min(reduction, 1) * REDUCTIONS["sum"]  # a block's losses: summed, unless none are
-    value = denominator.new_zeros((len(hidden),) if each == 0 else (), dtype=torch.float64)
+        row_weight = row_factors(row_weight, denominator, len(hidden))
+    each = REDUCTIONS["none" if reduction == REDUCTIONS["none"] else "sum"]
+    description = Description(
+        alpha_value, False, label_fn, label_parameter, loss, each, ignore_index, label_smoothing
+    )
+    value = denominator.new_zeros((len(hidden),) if each == REDUCTIONS["none"] else (), dtype=torch.float64)
     statistics = denominator.new_zeros((STATE_SIZE,), dtype=torch.float64)
-    gradients = Gradients(classifier, wanted)
-    logits = denominator.new_empty((min(chunk, len(hidden)), len(weight)))
-    for rows in linear_chunks.chunks(len(hidden), chunk):
-        out = logits[: rows.stop - rows.start]
-        classifier.logits_into(out, rows, columns)
-        for of_all, of_chunk in linear_chunks.blocks(rows, block):
-            part = out[of_chunk]
-            losses, gradient, state = OPERATIONS[backend].forward(
-                part, labels[of_all], _rows_of(alpha, of_all), None, class_weight, _rows_of(row_weight, of_all),
-                alpha_value, False, *described, each, ignore_index, label_smoothing, any(wanted), want_stats,
-            )  # fmt: skip
-            if each == 0:
-                value[of_all] = losses.double()
-            else:
-                value += losses
-            if any(wanted):
-                part.copy_(gradient)
-            if want_stats:
-                statistics += state * (labels[of_all] != ignore_index).sum()
-        if any(wanted):
-            gradients.add(out, rows, columns)
+    gradients = Gradients(classifier, wanted) if any(wanted) else None
+
+    def of_block(rows, logits):
+        losses, gradient, state = _kernel(backend, "forward", logits)(
+            logits, labels[rows], rows_of(alpha, rows), None, class_weight, rows_of(row_weight, rows), *description,
+            any(wanted), want_stats,
+        )  # fmt: skip
+        into = value[rows] if value.dim() else value
+        into += losses
+        if want_stats:
+            statistics.add_(state * (labels[rows] != ignore_index).sum())
+        return gradient
+
+    sweep([classifier], Plan(chunk, block, columns), of_block, gradients)
     statistics /= (labels != ignore_index).sum().clamp(min=1)
     if alpha is None or alpha.dim() == 0:
         statistics[0] = alpha_value if alpha is None else alpha
-    statistics[1] = denominator
+    statistics[1] = 1  # the row weights have divided already
     real = denominator.dtype
-    return (value.to(real), *gradients.finished(), statistics.to(real))
+    made = Gradients(classifier, (False,) * 3) if gradients is None else gradients
+    return (value.to(real), *made.finished(), statistics.to(real))
 
 
 def _backward(
@@ -134,33 +145,30 @@ def _backward(
 ):  # fmt: skip
     classifier = Classifier(hidden, weight, bias).detached()
     gradients = Gradients(classifier, (want_hidden, want_weight, want_bias))
-    logits = state.new_empty((min(chunk, len(hidden)), len(weight)))
-    for rows in linear_chunks.chunks(len(hidden), chunk):
-        out = logits[: rows.stop - rows.start]
-        classifier.logits_into(out, rows, columns)
-        for of_all, of_chunk in linear_chunks.blocks(rows, block):
-            part = out[of_chunk]
-            part.copy_(
-                OPERATIONS[backend].backward(
-                    _rows_of(upstream, of_all), state, part, labels[of_all], _rows_of(alpha, of_all), None,
-                    class_weight, _rows_of(row_weight, of_all), alpha_value, label_fn, label_parameter, loss,
-                    ignore_index, label_smoothing,
-                )
-            )  # fmt: skip
-        gradients.add(out, rows, columns)
+    if reduction == REDUCTIONS["mean"]:
+        denominator = _denominator(labels, class_weight, reduction, ignore_index, hidden)
+        row_weight = row_factors(row_weight, denominator, len(hidden))
+    description = Description(
+        alpha_value, False, label_fn, label_parameter, loss, REDUCTIONS["none"], ignore_index, label_smoothing
+    )
+
+    def of_block(rows, logits):
+        saved = (state, logits, labels[rows], rows_of(alpha, rows), None, class_weight, rows_of(row_weight, rows))
+        operations = OPERATIONS[backend]._replace(backward=_kernel(backend, "backward", logits))
+        return gradient_from_inputs(operations, rows_of(upstream, rows), saved, description)
+
+    sweep([classifier], Plan(chunk, block, columns), of_block, gradients)
     return gradients.finished()
 
 
 def _count_correct(hidden, weight, bias, labels, ignore_index, chunk, block, columns):
     classifier = Classifier(hidden, weight, bias).detached()
-    real = accumulation_dtype(hidden.dtype)
-    counts = hidden.new_zeros((2,), dtype=real)
-    logits = counts.new_empty((min(chunk, len(hidden)), len(weight)))
-    for rows in linear_chunks.chunks(len(hidden), chunk):
-        out = logits[: rows.stop - rows.start]
-        classifier.logits_into(out, rows, columns)
-        for of_all, of_chunk in linear_chunks.blocks(rows, block):
-            counts += torch.stack(batch_accuracy(out[of_chunk], labels[of_all], ignore_index))
+    counts = hidden.new_zeros((2,), dtype=accumulation_dtype(hidden.dtype))
+
+    def of_block(rows, logits):
+        counts.add_(torch.stack(batch_accuracy(logits, labels[rows], ignore_index)))
+
+    sweep([classifier], Plan(chunk, block, columns), of_block, None)
     return counts
 
 
@@ -203,25 +211,10 @@ class LinearSelfDistillation(torch.autograd.Function):
         wanted = tuple(ctx.needs_input_grad[1:4])
         saved = ctx.saved_tensors  # read once: activation checkpointing unpacks them only once
         if ctx.now:
-            gradients = scaled_each(saved, upstream, ctx.backend, wanted)
+            gradients = [scaled(gradient, upstream, ctx.backend) for gradient in saved]
         else:
             gradients = _gradients_from_inputs(ctx.backend, upstream, saved, ctx.description, ctx.plan, wanted)
         return (None, *(g if want else None for g, want in zip(gradients, wanted, strict=True)), *(None,) * 7)
-
-
-def refuse_double_backward(name: str) -> None:
-    """Raises where the gradient is to be differentiated: a saved one would give silent zeros."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            f"{name}: its native backends have no second derivative; pass backend='reference' to differentiate the "
-            "gradient (create_graph=True)"
-        )
-
-
-def scaled_each(gradients, upstream: Tensor, backend: str, wanted: tuple) -> list[Tensor | None]:
-    """The wanted gradients times the 0-d `upstream`."""
-    pairs = zip(gradients, wanted, strict=True)
-    return [scaled(gradient, upstream, backend) if want else None for gradient, want in pairs]
 
 
 def _gradients_from_inputs(backend: str, upstream: Tensor, saved: tuple, d: Description, plan: Plan, wanted: tuple):

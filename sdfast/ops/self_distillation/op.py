@@ -90,7 +90,7 @@ _TRITON = _Operations(
     torch.ops.sdfast._self_distillation_backward_triton.default,
     torch.ops.sdfast._scale_in_place_triton.default,
 )
-_OPERATIONS = {"cpu": _NATIVE, "cuda": _NATIVE, "triton": _TRITON}
+OPERATIONS = {"cpu": _NATIVE, "cuda": _NATIVE, "triton": _TRITON}
 
 
 class SelfDistillation(torch.autograd.Function):
@@ -105,7 +105,7 @@ class SelfDistillation(torch.autograd.Function):
         """Computes the loss, and the gradient too where it is wanted and reduced."""
         wanted = ctx.needs_input_grad[1]
         now = wanted and writes_gradient_early(backend, logits.dtype, description.reduction)
-        value, gradient, state = _OPERATIONS[backend].forward(
+        value, gradient, state = OPERATIONS[backend].forward(
             logits, labels, alpha, source, class_weight, row_weight, *description, now, want_stats
         )
         ctx.set_materialize_grads(False)
@@ -134,7 +134,7 @@ class SelfDistillation(torch.autograd.Function):
         if len(saved) == 1:
             gradient = scaled(saved[0], upstream, ctx.backend)
         else:
-            gradient = _gradient_from_inputs(_OPERATIONS[ctx.backend], upstream, saved, ctx.description)
+            gradient = gradient_from_inputs(OPERATIONS[ctx.backend], upstream, saved, ctx.description)
         return None, gradient, None, None, None, None, None, None, None
 
 
@@ -156,7 +156,7 @@ def scaled(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
     traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(upstream) is not Tensor
     if not traced and not _is_batched(upstream) and not _graph_is_kept():
         if backend != "cpu":
-            _OPERATIONS[backend].scale_in_place(gradient, upstream)
+            OPERATIONS[backend].scale_in_place(gradient, upstream)
             return gradient
         if upstream.item() == 1:
             return gradient
@@ -180,7 +180,7 @@ def self_distillation(*arguments):
     return SelfDistillation.apply(*arguments) if torch.compiler.is_compiling() else _apply(*arguments)
 
 
-def _gradient_from_inputs(operations: _Operations, upstream: Tensor, saved: tuple, d: Description) -> Tensor:
+def gradient_from_inputs(operations: _Operations, upstream: Tensor, saved: tuple, d: Description) -> Tensor:
     state, logits, labels, alpha, source, class_weight, row_weight = saved
     return operations.backward(
         upstream, state, logits, labels, state[0] if d.adaptive else alpha, source, class_weight, row_weight,

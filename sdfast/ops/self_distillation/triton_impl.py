@@ -77,13 +77,17 @@ def forward(
     label_smoothing: float,
     want_gradient: bool,
     want_stats: bool,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`_self_distillation_triton`: (loss, gradient, state) as the operation's schema has them."""
+    """`_self_distillation_triton`: (loss, gradient, state) as the operation's schema has them.
+
+    The gradient may go `into` a contiguous tensor, the logits themselves too: a tile is read before it is written.
+    """
     rows, classes = logits.shape
     real = accumulation_dtype(logits.dtype)
     reduced = reduction != REDUCTIONS["none"]
     value = logits.new_empty(() if reduced else (rows,), dtype=real)
-    gradient = logits.new_empty((rows, classes) if want_gradient else (0,))
+    gradient = logits.new_empty((rows, classes) if want_gradient else (0,)) if into is None else into
     want_state = want_stats or not want_gradient
     state = logits.new_empty((STATE_SIZE if want_state else 0,), dtype=real)
     programs = max(1, triton.cdiv(rows, tiling(classes).rows))
@@ -117,9 +121,10 @@ def backward(
     loss: int,
     ignore_index: int,
     label_smoothing: float,
+    into: Tensor | None = None,
 ) -> Tensor:
     """`_self_distillation_backward_triton`: the gradient for any upstream gradient, which is folded in."""
-    gradient = logits.new_empty(logits.shape)
+    gradient = logits.new_empty(logits.shape) if into is None else into
     programs = max(1, triton.cdiv(logits.shape[0], tiling(logits.shape[1]).rows))
     with _device_of(logits):
         _launch(
