@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from sdfast import nn as nn
     from sdfast import train as train
     from sdfast.ops.distillation import LogProbabilities, TopK, distillation_loss
+    from sdfast.ops.linear_distillation import linear_distillation_loss
+    from sdfast.ops.linear_self_distillation import linear_self_distillation_loss
     from sdfast.ops.self_distillation import AdaptiveAlpha, ClipLabel, LossStats, self_distillation_loss
 
 __all__ = [
@@ -23,6 +25,8 @@ __all__ = [
     "data",
     "distillation_loss",
     "hilbert",
+    "linear_distillation_loss",
+    "linear_self_distillation_loss",
     "models",
     "nn",
     "self_distillation_loss",
@@ -30,7 +34,13 @@ __all__ = [
 ]
 
 _MODULES = ("data", "hilbert", "models", "nn", "train")
-_HOMES = {name: "distillation" for name in ("LogProbabilities", "TopK", "distillation_loss")}
+_HOMES = {
+    "LogProbabilities": "distillation",
+    "TopK": "distillation",
+    "distillation_loss": "distillation",
+    "linear_distillation_loss": "linear_distillation",
+    "linear_self_distillation_loss": "linear_self_distillation",
+}
 
 
 # Loaded at first use, torch with them: what needs no torch must import without it.

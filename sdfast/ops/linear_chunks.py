@@ -167,8 +167,11 @@ def sweep(
             student's, which it may write over them.
         gradients: Takes the gradient of a chunk; ``None``: there is none.
     """
-    count, real = len(classifiers[0].hidden), accumulation_dtype(classifiers[0].hidden.dtype)
-    buffers = [c.hidden.new_empty((min(plan.chunk, count), len(c.weight)), dtype=real) for c in classifiers]
+    count = len(classifiers[0].hidden)
+    buffers = [
+        c.hidden.new_empty((min(plan.chunk, count), len(c.weight)), dtype=accumulation_dtype(c.hidden.dtype))
+        for c in classifiers
+    ]
     pieces = -(-count // plan.chunk)
     for rows in _slices(count, -(-count // pieces) if pieces else 1):  # nearly equal chunks, not a small last one
         chunks = [buffer[: rows.stop - rows.start] for buffer in buffers]

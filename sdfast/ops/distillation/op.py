@@ -116,7 +116,7 @@ class Distillation(torch.autograd.Function):
         if len(saved) == 1:
             gradient = scaled(saved[0], upstream, ctx.backend)
         else:
-            gradient = _gradient_from_inputs(OPERATIONS[ctx.backend], upstream, saved, ctx.description)
+            gradient = gradient_from_inputs(OPERATIONS[ctx.backend], upstream, saved, ctx.description)
         return None, gradient, None, None, None, None, None, None, None
 
 
@@ -129,7 +129,8 @@ def distillation(*arguments) -> Tensor:
     return Distillation.apply(*arguments) if torch.compiler.is_compiling() else _apply(*arguments)
 
 
-def _gradient_from_inputs(operations: Operations, upstream: Tensor, saved: tuple, d: Description) -> Tensor:
+def gradient_from_inputs(operations: Operations, upstream: Tensor, saved: tuple, d: Description) -> Tensor:
+    """The gradient for any upstream gradient; `saved` is the state and the seven tensors of the loss."""
     state, *tensors = saved
     return operations.backward(
         upstream, state, *tensors, d.alpha_value, d.temperature, d.teacher_temperature, d.divergence, d.teacher_form,

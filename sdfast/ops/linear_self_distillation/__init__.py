@@ -122,5 +122,6 @@ def _counted_alpha(
     alpha: AdaptiveAlpha, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, plan
 ) -> Tensor:
     """1 − clip(ratio · accuracy, 0, 1) by a pass over the chunks' logits."""
+    hidden, weight, bias = linear_chunks.Classifier(hidden, weight, bias).detached()
     counts = torch.ops.sdfast._linear_count_correct(hidden, weight, bias, labels, ignore_index, *plan)
     return arguments.alpha_of_counts(alpha, counts)

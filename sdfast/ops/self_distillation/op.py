@@ -181,6 +181,7 @@ def self_distillation(*arguments):
 
 
 def gradient_from_inputs(operations: _Operations, upstream: Tensor, saved: tuple, d: Description) -> Tensor:
+    """The gradient for any upstream gradient; `saved` is the state and the six tensors of the loss."""
     state, logits, labels, alpha, source, class_weight, row_weight = saved
     return operations.backward(
         upstream, state, logits, labels, state[0] if d.adaptive else alpha, source, class_weight, row_weight,
