@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sdfast import _checks
+from sdfast import _checks, _dispatch
 from sdfast.ops.self_distillation.description import accumulation_dtype
 
 WORKSPACE = 512 << 20  # bytes: the default of `workspace=`
@@ -242,7 +242,8 @@ def check_classifier(names: tuple[str, str, str], hidden: Tensor, weight: Tensor
 
 def autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The tensors in autocast's dtype where that is on, as `torch.nn.functional.linear` has them."""
-    if not isinstance(hidden, Tensor) or not torch.is_autocast_enabled(hidden.device.type):
+    served = isinstance(hidden, Tensor) and hidden.device.type in _dispatch.DEVICES
+    if not served or not torch.is_autocast_enabled(hidden.device.type):
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(hidden.device.type)
 
