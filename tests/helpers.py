@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 
 from sdfast import _dispatch
@@ -66,10 +67,20 @@ def awkward(tensor, layout):
     raise ValueError(f"layout: got {layout!r}")
 
 
+def interpreted(backend):
+    """Whether the backend runs in Triton's interpreter, where every tile takes milliseconds."""
+    return backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def lost_in_store(backend, dtype):
     """Triton's interpreter truncates what it stores in bfloat16, where a GPU rounds."""
-    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    return 2.0**-7 if interpreted and dtype == torch.bfloat16 else 0.0
+    return 2.0**-7 if interpreted(backend) and dtype == torch.bfloat16 else 0.0
+
+
+def skip_what_takes_the_interpreter_minutes(backend, long):
+    """Skips a case of many tiles or launches that others of its test stand for."""
+    if long and interpreted(backend):
+        pytest.skip("takes Triton's interpreter minutes; smaller cases of this test run")
 
 
 LAYOUTS = ("contiguous", "transposed", "strided", "misaligned", "padded")
