@@ -42,11 +42,11 @@ def combine(benchmarks: list[dict]) -> list[dict]:
     rows: dict[tuple[str, str], dict] = {}
     for benchmark in benchmarks:
         about = dict(benchmark["extra_info"])
-        name, _ = about.pop("name"), about.pop("turn")
+        name, _, steps = about.pop("name"), about.pop("turn"), about.pop("steps")
         row = rows.setdefault(
             (benchmark["group"], name), {"group": benchmark["group"], "name": name, **about, "turns": []}
         )
-        row["turns"].append(benchmark["stats"]["median"])
+        row["turns"].append(benchmark["stats"]["median"] / steps)
     return list(rows.values())
 
 
