@@ -4,9 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from sdfast import _checks, _dispatch
+from sdfast.nn_teachers import DistillationLoss, LinearDistillationLoss, LinearSelfDistillationLoss
 from sdfast.ops.self_distillation import AdaptiveAlpha, ClipLabel, LossStats, self_distillation_loss
 
-__all__ = ["SelfDistillationLoss"]
+__all__ = ["DistillationLoss", "LinearDistillationLoss", "LinearSelfDistillationLoss", "SelfDistillationLoss"]
 
 
 class SelfDistillationLoss(nn.Module):

@@ -1,6 +1,7 @@
 // Computed: the distillation loss and its gradient with respect to the student's logits, on the CPU.
-// Fused: both softmaxes, the divergence, the label's cross entropy, and the gradient, row by row while the row is in cache.
-// Never materialised: a (rows, classes) probability, teacher or difference; a thread keeps at most a few rows of scratch.
+// Fused: both softmaxes, the divergence, the label's cross entropy, and the gradient, row by row while the row is in
+// cache. Never materialised: a (rows, classes) probability, teacher or difference; a thread keeps at most a few rows of
+// scratch.
 #include "cpu_row.h"
 
 namespace sdfast::distillation {
@@ -144,8 +145,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor logits, Tensor teacher, Option
                                            double alpha_value, double temperature, double teacher_temperature,
                                            int64_t divergence, int64_t teacher_form, int64_t reduction,
                                            int64_t ignore_index, double label_smoothing, bool want_gradient) {
-  const Options options = {alpha_value,  temperature,    teacher_temperature, divergence, teacher_form,
-                           ignore_index, label_smoothing};
+  const Options options = {alpha_value,  temperature,  teacher_temperature, divergence,
+                           teacher_form, ignore_index, label_smoothing};
   const auto run = [&](auto zero) {
     return forward_as(make_problem<decltype(zero)>(logits, teacher, indices, tail, labels, alpha, row_weight, options),
                       logits, reduction, want_gradient);
@@ -157,8 +158,8 @@ Tensor backward(Tensor upstream, Tensor state, Tensor logits, Tensor teacher, Op
                 OptionalTensor tail, OptionalTensor labels, OptionalTensor alpha, OptionalTensor row_weight,
                 double alpha_value, double temperature, double teacher_temperature, int64_t divergence,
                 int64_t teacher_form, int64_t ignore_index, double label_smoothing) {
-  const Options options = {alpha_value,  temperature,    teacher_temperature, divergence, teacher_form,
-                           ignore_index, label_smoothing};
+  const Options options = {alpha_value,  temperature,  teacher_temperature, divergence,
+                           teacher_form, ignore_index, label_smoothing};
   const auto run = [&](auto zero) {
     return backward_as(make_problem<decltype(zero)>(logits, teacher, indices, tail, labels, alpha, row_weight, options),
                        upstream, state, logits);

@@ -57,8 +57,8 @@ struct JsSums {
   T loss, inner;
 };
 
-// loss = sum_c (q_c log(q_c/m_c) + p_c log(p_c/m_c)) / 2, inner = sum_c p_c log(p_c/m_c) / 2, m = (p + q) / 2. `q` holds
-// exponentials, and receives the scores.
+// loss = sum_c (q_c log(q_c/m_c) + p_c log(p_c/m_c)) / 2, inner = sum_c p_c log(p_c/m_c) / 2, m = (p + q) / 2. `q`
+// holds exponentials, and receives the scores.
 template <class T>
 SDFAST_CLONES JsSums<T> js(const T* p, T* q, int64_t n, T p_normalizer, T q_normalizer) {
   vec::Total<T> loss, inner;

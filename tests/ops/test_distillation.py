@@ -5,6 +5,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
+from distillation_cases import DIVERGENCES, FORMS, Case, cast_teacher, draw_case, make_teacher
 from helpers import (
     DTYPES,
     LAYOUTS,
@@ -16,7 +17,6 @@ from helpers import (
 )
 
 import sdfast
-from distillation_cases import DIVERGENCES, FORMS, Case, cast_teacher, draw_case, make_teacher
 from sdfast import distillation_loss
 
 BACKENDS = [name for name in backends() if name != "cuda"]

@@ -1,4 +1,4 @@
-"""What the linear distillation loss has beyond its sibling: the teacher. All else is in test_linear_self_distillation."""
+"""What the linear distillation loss has beyond its sibling: the teacher. The rest: test_linear_self_distillation."""
 
 import pytest
 import torch
@@ -50,9 +50,9 @@ BAD_CALLS = {
     "teacher of other rows": (
         lambda: linear_kd(H, W, T[:3], V), ValueError, r"teacher_hidden: got shape \(3, 2\), wanted the rows \(4,\)"),
     "teacher of other classes": (
-        lambda: linear_kd(H, W, T, V[:4]), ValueError, r"teacher_weight: got shape \(4, 2\), wanted 5 classes as weight"),
+        lambda: linear_kd(H, W, T, V[:4]), ValueError, r"teacher_weight: got shape \(4, 2\), wanted 5 classes"),
     "teacher of another width": (
-        lambda: linear_kd(H, W, T, W), ValueError, r"teacher_weight: got shape \(5, 3\), wanted \(classes, 2\) for teach"),
+        lambda: linear_kd(H, W, T, W), ValueError, r"teacher_weight: got shape \(5, 3\), wanted \(classes, 2\)"),
     "teacher on another device": (
         lambda: linear_kd(H, W, T.to("meta"), V.to("meta")), ValueError, "teacher_hidden: is on meta, wanted cpu"),
     "teacher_bias of another length": (

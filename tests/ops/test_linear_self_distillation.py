@@ -9,7 +9,6 @@ from helpers import (
     assert_as_good_as_torch,
     awkward,
     backends,
-    lost_in_store,
     skip_what_takes_the_interpreter_minutes,
 )
 from linear_cases import FORMS, distillation, draw, loss_and_gradients, self_distillation
@@ -114,7 +113,9 @@ def test_bfloat16_gradients_are_those_of_float64(backend, form):
         assert (g.double() - e).norm() / e.norm() < 5e-3, name
 
 
-@pytest.mark.parametrize("which", [(True, False, False), (False, True, False), (False, False, True), (True, False, True)])
+@pytest.mark.parametrize(
+    "which", [(True, False, False), (False, True, False), (False, False, True), (True, False, True)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_of_those_that_require_them(form, dtype, which):
@@ -323,7 +324,22 @@ def test_opcheck():
         arguments = (*shared, class_weight, row_weight, 1.0, 1, 1.0, 0, reduction, -100, 0.1, *plan, *wanted)
         torch.library.opcheck(torch.ops.sdfast._linear_self_distillation.default, ("cpu", *arguments, True))
         teacher = (torch.randn(50, 4), torch.randn(33, 4), None)
-        with_teacher = (hidden, weight, bias, *teacher, labels, alpha, row_weight, 1.0, 2.0, 2.0, 2, reduction, -100, 0.1)
+        with_teacher = (
+            hidden,
+            weight,
+            bias,
+            *teacher,
+            labels,
+            alpha,
+            row_weight,
+            1.0,
+            2.0,
+            2.0,
+            2,
+            reduction,
+            -100,
+            0.1,
+        )
         arguments_of_teacher = (*with_teacher, *plan, *wanted)
         torch.library.opcheck(torch.ops.sdfast._linear_distillation.default, ("cpu", *arguments_of_teacher))
     upstream = torch.rand(50)
@@ -336,9 +352,7 @@ def test_opcheck():
         torch.ops.sdfast._linear_distillation_backward.default,
         ("cpu", upstream, torch.ones(1), *with_teacher, *plan, *wanted),
     )
-    torch.library.opcheck(
-        torch.ops.sdfast._linear_count_correct.default, (hidden, weight, bias, labels, -100, *plan)
-    )
+    torch.library.opcheck(torch.ops.sdfast._linear_count_correct.default, (hidden, weight, bias, labels, -100, *plan))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -472,7 +486,7 @@ H, W, Y = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([0, 1, 4, -100])
 BAD_CALLS = {
     "hidden integers": (lambda f: f(H.long(), W, Y), TypeError, "hidden: got int64, wanted float32"),
     "weight of another width": (
-        lambda f: f(H, W[:, :2], Y), ValueError, r"weight: got shape \(5, 2\), wanted \(classes, 3\) for hidden \(4, 3\)"),
+        lambda f: f(H, W[:, :2], Y), ValueError, r"weight: got shape \(5, 2\), wanted \(classes, 3\) for hidden"),
     "weight a vector": (lambda f: f(H, W[0], Y), ValueError, r"weight: got shape \(3,\), wanted \(classes, width\)"),
     "weight of no class": (lambda f: f(H, W[:0], Y), ValueError, r"weight: got shape \(0, 3\)"),
     "weight of another dtype": (lambda f: f(H, W.double(), Y), TypeError, "weight: got float64, wanted float32 as hid"),
@@ -489,7 +503,7 @@ BAD_CALLS = {
         lambda f: f(H, W, Y + 1, backend="reference"), IndexError, "labels: row 2 is 5, wanted 0 <= label < 5"),
     "alpha above one": (lambda f: f(H, W, Y, alpha=1.5), ValueError, "alpha: got 1.5, wanted within"),
     "alpha tensor above one": (
-        lambda f: f(H, W, Y, alpha=torch.tensor([0, 1, 0, 2.0]), chunk_rows=1), ValueError, "alpha: row 3 is 2, wanted"),
+        lambda f: f(H, W, Y, alpha=torch.tensor([0, 1, 0, 2.0]), chunk_rows=1), ValueError, "alpha: row 3 is 2"),
     "chunk of no row": (lambda f: f(H, W, Y, chunk_rows=0), ValueError, "chunk_rows: got 0, wanted a positive integer"),
     "workspace negative": (lambda f: f(H, W, Y, workspace=-1), ValueError, "workspace: got -1, wanted a positive"),
     "workspace a string": (lambda f: f(H, W, Y, workspace="1GB"), ValueError, "workspace: got '1GB'"),

@@ -4,7 +4,8 @@
 inputs again, for any upstream gradient. Both take the same description of the loss, in this order.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,8 +71,8 @@ for _key in ("CPU", "CUDA", "XPU"):  # CPU tensors: in Triton's interpreter
 class Operations(NamedTuple):
     """The two operations of a backend."""
 
-    forward: torch._ops.OpOverload
-    backward: torch._ops.OpOverload
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
 
 
 OPERATIONS = {

@@ -70,7 +70,7 @@ def row_divergence(log_p: Tensor, log_q: Tensor, divergence: int) -> Tensor:
 def teacher_log_probabilities(
     teacher: Tensor, indices: Tensor | None, tail: Tensor | None, log_p: Tensor, d: Description
 ) -> Tensor:
-    """log q, (N, C), from any form of the teacher; `log_p` are the student's, without gradient."""
+    """Log q, (N, C), from any form of the teacher; `log_p` are the student's, without gradient."""
     if d.teacher_form == TEACHER_FORMS["logits"]:
         return (teacher / d.teacher_temperature).log_softmax(-1)
     if d.teacher_form == TEACHER_FORMS["log_probabilities"] or indices is None or tail is None:

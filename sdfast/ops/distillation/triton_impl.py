@@ -6,7 +6,6 @@ Jensen-Shannon, teachers by probabilities); rows of one tile find it all in the 
 mean must first count the kept rows of a large batch; one backward. None of it is measured yet.
 """
 
-import torch
 import triton
 from torch import Tensor
 
@@ -116,8 +115,8 @@ def _launch(
         logits, teacher, indices, tail, labels, alpha, row_weight, kept, upstream, state, gradient, loss_out, partials,
         arrivals, *logits.stride(), *teacher.stride(), *((0, 0) if labels is None else label_strides(labels)),
         upstream.stride(0) if upstream is not None and upstream.dim() else 0, alpha_value, 1 / temperature,
-        1 / teacher_temperature, temperature, label_smoothing, rows, classes, listed, 0 if kept is None else kept.numel(),
-        ignore_index, divergence, teacher_form, reduction, soft, alpha is not None and alpha.dim() == 1,
+        1 / teacher_temperature, temperature, label_smoothing, rows, classes, listed,
+        0 if kept is None else kept.numel(), ignore_index, divergence, teacher_form, reduction, soft, alpha is not None and alpha.dim() == 1,
         labels is not None and not (alpha is None and alpha_value == 0), upstream is not None, tile.rows, tile.columns,
         tile.one_tile, stages(logits, teacher if listed == 0 else None, labels if soft else None),
         REAL[accumulation_dtype(logits.dtype)], num_warps=tile.warps,

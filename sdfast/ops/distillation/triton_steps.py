@@ -31,7 +31,7 @@ def listed_tile(
     first = tl.min(columns, 0)
     hit = tl.zeros([R, B], tl.int1)
     log_q = tl.zeros([R, B], REAL)
-    for j in range(0, listed):
+    for j in range(listed):
         index = tl.load(indices + j, mask=kept, other=-1)
         here = (index >= first) & (index < first + B)
         if tl.max(here.to(tl.int32), 0) > 0:  # of long rows most indices lie in other tiles
@@ -141,7 +141,7 @@ def soft_gradient(
     inner,  # (R,)
     DIVERGENCE: tl.constexpr,
 ):
-    """dD / d(logits over temperature)."""
+    """DD / d(logits over temperature)."""
     if DIVERGENCE == KL:
         return p * inner[:, None] - score
     return p * (score - inner[:, None])

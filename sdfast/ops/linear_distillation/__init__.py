@@ -126,7 +126,7 @@ def _check_teacher(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teach
         got, wanted = _checks.shape_text(teacher_hidden), tuple(hidden.shape[:-1])
         raise ValueError(f"teacher_hidden: got shape {got}, wanted the rows {wanted} of hidden")
     if teacher_weight.shape[0] != weight.shape[0]:
-        got, wanted = _checks.shape_text(teacher_weight), weight.shape[0]
-        raise ValueError(f"teacher_weight: got shape {got}, wanted {wanted} classes as weight")
+        got = _checks.shape_text(teacher_weight)
+        raise ValueError(f"teacher_weight: got shape {got}, wanted {weight.shape[0]} classes as weight")
     if teacher_hidden.device != hidden.device:
         raise ValueError(f"teacher_hidden: is on {teacher_hidden.device}, wanted {hidden.device} as hidden")

@@ -48,9 +48,7 @@ library.define(
 @torch.library.register_fake("sdfast::_linear_distillation_backward")
 def _fake_backward(backend, upstream, state, hidden, weight, bias, *rest):
     tensors = (hidden, weight, bias)
-    return tuple(
-        hidden.new_empty(t.shape if want else (0,)) for t, want in zip(tensors, rest[-3:], strict=True)
-    )
+    return tuple(hidden.new_empty(t.shape if want else (0,)) for t, want in zip(tensors, rest[-3:], strict=True))
 
 
 @torch.library.register_fake("sdfast::_linear_distillation")
@@ -135,7 +133,8 @@ def _backward(
         a_row = (rows_of(t, rows) for t in (labels, alpha, row_weight))
         saved = (state, logits, teacher_logits, None, None, *a_row)
         operations = OPERATIONS[backend]._replace(backward=_kernel(backend, "backward", logits))
-        return gradient_from_inputs(operations, rows_of(upstream, rows), saved, description)
+        of_rows = upstream[rows] if upstream.dim() else upstream
+        return gradient_from_inputs(operations, of_rows, saved, description)
 
     sweep([student, teacher], Plan(chunk, block, columns), of_block, gradients)
     return gradients.finished()

@@ -110,9 +110,7 @@ def _forward(
     if reduction == REDUCTIONS["mean"]:
         row_weight = row_factors(row_weight, denominator, len(hidden))
     each = REDUCTIONS["none" if reduction == REDUCTIONS["none"] else "sum"]
-    description = Description(
-        alpha_value, False, label_fn, label_parameter, loss, each, ignore_index, label_smoothing
-    )
+    description = Description(alpha_value, False, label_fn, label_parameter, loss, each, ignore_index, label_smoothing)
     value = denominator.new_zeros((len(hidden),) if each == REDUCTIONS["none"] else (), dtype=torch.float64)
     statistics = denominator.new_zeros((STATE_SIZE,), dtype=torch.float64)
     gradients = Gradients(classifier, wanted) if any(wanted) else None
@@ -155,7 +153,8 @@ def _backward(
     def of_block(rows, logits):
         saved = (state, logits, labels[rows], rows_of(alpha, rows), None, class_weight, rows_of(row_weight, rows))
         operations = OPERATIONS[backend]._replace(backward=_kernel(backend, "backward", logits))
-        return gradient_from_inputs(operations, rows_of(upstream, rows), saved, description)
+        of_rows = upstream[rows] if upstream.dim() else upstream
+        return gradient_from_inputs(operations, of_rows, saved, description)
 
     sweep([classifier], Plan(chunk, block, columns), of_block, gradients)
     return gradients.finished()

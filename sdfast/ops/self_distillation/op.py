@@ -4,7 +4,8 @@
 from the inputs again, for any upstream gradient. Both take the same description of the loss, in this order.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,8 +76,8 @@ for _key in ("CPU", "CUDA", "XPU"):  # CPU tensors: in Triton's interpreter
 
 
 class _Operations(NamedTuple):
-    forward: torch._ops.OpOverload
-    backward: torch._ops.OpOverload
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
     scale_in_place: torch._ops.OpOverload
 
 
