@@ -116,8 +116,9 @@ def _launch(
         arrivals, *logits.stride(), *teacher.stride(), *((0, 0) if labels is None else label_strides(labels)),
         upstream.stride(0) if upstream is not None and upstream.dim() else 0, alpha_value, 1 / temperature,
         1 / teacher_temperature, temperature, label_smoothing, rows, classes, listed,
-        0 if kept is None else kept.numel(), ignore_index, divergence, teacher_form, reduction, soft, alpha is not None and alpha.dim() == 1,
-        labels is not None and not (alpha is None and alpha_value == 0), upstream is not None, tile.rows, tile.columns,
-        tile.one_tile, stages(logits, teacher if listed == 0 else None, labels if soft else None),
+        0 if kept is None else kept.numel(), ignore_index, divergence, teacher_form, reduction, soft,
+        alpha is not None and alpha.dim() == 1, labels is not None and not (alpha is None and alpha_value == 0),
+        upstream is not None, tile.rows, tile.columns, tile.one_tile,
+        stages(logits, teacher if listed == 0 else None, labels if soft else None),
         REAL[accumulation_dtype(logits.dtype)], num_warps=tile.warps,
     )  # fmt: skip

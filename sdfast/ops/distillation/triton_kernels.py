@@ -63,7 +63,7 @@ def rows_kernel(
 ):
     # Computed: the distillation loss of R rows, its gradient with respect to the student's logits, the batch's sum.
     # Fused: denominator, both softmaxes, divergence, the label's cross entropy, gradient, the sum over rows.
-    # Never materialised: a (rows, classes) probability, teacher or difference; a row of one tile comes from memory once.
+    # Never materialised: a (rows, classes) probability, teacher or difference; one-tile rows come from memory once.
     program = tl.program_id(0)
     row = program.to(tl.int64) * R + tl.arange(0, R)  # (R,), 64 bits before any stride multiplies it
     exists = row < rows
