@@ -10,6 +10,7 @@ namespace sdfast::distillation {
 using self_distillation::exp_sum_of;
 using self_distillation::Peak;
 using self_distillation::peak_of;
+using self_distillation::Softmax;
 
 // What a call fixes for all rows.
 template <class T>
@@ -41,6 +42,13 @@ struct Scratch {
   }
 };
 
+// What `run_rows` made beforehand of a small row: softmaxes and probabilities; null where it did not.
+template <class T>
+struct Given {
+  const Softmax<T>*hard = nullptr, *student = nullptr, *teacher = nullptr;
+  T *p = nullptr, *q = nullptr;
+};
+
 // One row: its loss, and factor times its gradient into `gradient` unless that is null.
 template <class T>
 struct Row {
@@ -52,6 +60,7 @@ struct Row {
   T* const gradient;
   const T* x = nullptr;  // logits
   Peak<T> top;           // of the logits
+  Given<T> given;
 
   Row(const Problem<T>& problem, Scratch<T>& scratch, bool split_columns, int64_t i, T factor, T* gradient)
       : problem(problem),
@@ -67,12 +76,13 @@ struct Row {
     T loss = 0;
     if (hard) {
       self_distillation::Row<T> row(problem.hard, scratch.hard, columns.parallel, i, nullptr, factor * alpha, gradient);
+      row.given = given.hard;
       loss = alpha * row.run().loss;
       x = row.x;
       top = row.top;
     } else {
       x = scratch.hard.fetch(problem.hard.logits, i, self_distillation::Scratch<T>::kLogits);
-      if (alpha != 1) top = peak_of(x, columns);
+      if (alpha != 1 && !given.student) top = peak_of(x, columns);
     }
     if (alpha != 1) return loss + divergence(!hard);
     if (gradient && !hard) std::fill_n(gradient, columns.count, T(0));
@@ -81,6 +91,21 @@ struct Row {
 
   // (1 - alpha) T^2 D; its gradient is added to, or (`fresh`) written to the row's.
   T divergence(bool fresh) {
+    const T scale = factor * (T(1) - alpha) * problem.temperature;  // T^2 of the loss over T of the logits
+    const T value = given.student ? small_divergence(scale, fresh) : long_divergence(scale, fresh);
+    return (T(1) - alpha) * problem.temperature * problem.temperature * value;
+  }
+
+  T small_divergence(T scale, bool fresh) {
+    const Side<T> student = {given.student->top.value, T(1) / problem.temperature, given.student->log_total, T(1)};
+    const Side<T> teacher = {given.teacher->top.value, T(1) / problem.teacher_temperature, given.teacher->log_total,
+                             T(1)};
+    const T* t = problem.teacher.template row<T>(i, nullptr);
+    return problem.divergence == kKl ? kl_of(t, given.p, given.q, student, teacher, T(1), scale, fresh)
+                                     : scored(t, given.p, given.q, student, teacher, scale, fresh);
+  }
+
+  T long_divergence(T scale, bool fresh) {
     const bool forward = problem.divergence == kKl;
     T* p = gradient && fresh ? gradient : gradient || !forward ? scratch.row(Scratch<T>::kStudentTerms) : nullptr;
     const T rate = T(1) / problem.temperature;
@@ -90,10 +115,8 @@ struct Row {
     T* q = problem.divergence == kReverseKl ? nullptr : scratch.row(Scratch<T>::kTeacherTerms);
     T mass = 1;
     const Side<T> teacher = teacher_side(t, q, mass);
-    const T scale = factor * (T(1) - alpha) * problem.temperature;  // T^2 of the loss over T of the logits
-    const T value = forward ? kl_of(t, p, q, student, teacher, mass, scale, fresh)
-                            : scored(t, p, q, student, teacher, scale, fresh);
-    return (T(1) - alpha) * problem.temperature * problem.temperature * value;
+    return forward ? kl_of(t, p, q, student, teacher, mass, scale, fresh)
+                   : scored(t, p, q, student, teacher, scale, fresh);
   }
 
   // The exponentials go to `q` unless that is null.
@@ -180,22 +203,82 @@ struct Row {
   }
 };
 
+// Up to kLanes small rows of plain tensors at a time: their softmaxes share vectors, and each side is read once.
+template <class T>
+struct SmallRows {
+  static constexpr int kRows = vec::kLanes<T>;
+  const Problem<T>& problem;
+  const bool hard, soft;  // which of the two losses' softmaxes are made here
+  std::vector<T> p, q;
+  Softmax<T> plain[kRows], student[kRows], teacher[kRows];
+
+  explicit SmallRows(const Problem<T>& problem)
+      : problem(problem),
+        hard(problem.labelled && problem.hard.labels && problem.hard.label_smoothing == 0),
+        soft(problem.alpha || problem.shared_alpha != 1),
+        p(soft ? kRows * problem.hard.classes : 0),
+        q(p.size()) {}
+
+  static bool serves(const Problem<T>& problem, const OutputRows& out) {
+    return problem.hard.classes <= self_distillation::kSmallRow<T> && problem.form == kLogits &&
+           problem.hard.logits.template direct<T>() && problem.teacher.template direct<T>() &&
+           (!out || out.template direct<T>(0));
+  }
+
+  // hard_scales[r] is the factor of row r's cross entropy, whose p goes to `gradient` unless that is null
+  void make(int64_t first, int rows, const T* hard_scales, T* gradient) {
+    const auto softmaxes = [&](const Rows& from, const T* scales, T* out, Softmax<T>* made, T rate) {
+      self_distillation::small_rows(static_cast<const T*>(from.data) + first * from.row_stride, from.row_stride, rows,
+                                    problem.hard.classes, scales, out, made, rate);
+    };
+    T ones[kRows];
+    std::fill_n(ones, kRows, T(1));
+    if (hard) softmaxes(problem.hard.logits, hard_scales, gradient, plain, T(1));
+    if (!soft) return;
+    softmaxes(problem.hard.logits, ones, p.data(), student, T(1) / problem.temperature);
+    softmaxes(problem.teacher, ones, q.data(), teacher, T(1) / problem.teacher_temperature);
+  }
+
+  Given<T> of(int r) {
+    Given<T> given;
+    if (hard) given.hard = plain + r;
+    if (soft) given.student = student + r, given.teacher = teacher + r;
+    if (soft) given.p = p.data() + r * problem.hard.classes, given.q = q.data() + r * problem.hard.classes;
+    return given;
+  }
+};
+
 // Rows [begin, end): factor_of(i) scales row i's gradient, and its loss goes to losses[i] unless that is null.
 template <class T, class Factor>
 void run_rows(const Problem<T>& problem, int64_t begin, int64_t end, bool split_columns, const Factor& factor_of,
               const OutputRows& out, T* losses) {
   Scratch<T> scratch(problem.hard.classes);
-  for (int64_t i = begin; i < end; ++i) {
-    T* const direct = out ? out.template direct<T>(i) : nullptr;
-    T* const gradient = out && !direct ? scratch.hard.row(self_distillation::Scratch<T>::kGradient) : direct;
-    T loss = 0;
-    if (problem.hard.kept(i)) {
-      loss = Row<T>(problem, scratch, split_columns, i, factor_of(i), gradient).run();
-    } else if (gradient) {
-      std::fill_n(gradient, problem.hard.classes, T(0));
+  SmallRows<T> small_rows(problem);
+  const bool small = SmallRows<T>::serves(problem, out);
+  const int64_t step = small ? SmallRows<T>::kRows : 1;
+  for (int64_t first = begin; first < end; first += step) {
+    const int rows = static_cast<int>(std::min(step, end - first));
+    T factors[SmallRows<T>::kRows], hard_scales[SmallRows<T>::kRows] = {};
+    for (int r = 0; r < rows; ++r) {
+      factors[r] = factor_of(first + r);
+      hard_scales[r] = factors[r] * problem.alpha_of(first + r);
     }
-    if (gradient && !direct) out.write(i, gradient);
-    if (losses) losses[i] = loss;
+    if (small) small_rows.make(first, rows, hard_scales, out ? out.template direct<T>(first) : nullptr);
+    for (int r = 0; r < rows; ++r) {
+      const int64_t i = first + r;
+      T* const direct = out ? out.template direct<T>(i) : nullptr;
+      T* const gradient = out && !direct ? scratch.hard.row(self_distillation::Scratch<T>::kGradient) : direct;
+      T loss = 0;
+      if (problem.hard.kept(i)) {
+        Row<T> row(problem, scratch, split_columns, i, factors[r], gradient);
+        if (small) row.given = small_rows.of(r);
+        loss = row.run();
+      } else if (gradient) {
+        std::fill_n(gradient, problem.hard.classes, T(0));
+      }
+      if (gradient && !direct) out.write(i, gradient);
+      if (losses) losses[i] = loss;
+    }
   }
 }
 

@@ -55,7 +55,8 @@ def plan(
     def fixed(block: int, columns: int) -> int:
         return block * classes * size + columns * converted
 
-    wanted, row_bytes = chunk_rows or 1, classes * size * buffers
+    copied = 2 if not on_cpu and dtype in (torch.bfloat16, torch.float16) else 0  # the gradient in the product's dtype
+    wanted, row_bytes = chunk_rows or 1, classes * (size * buffers + copied)
     block = max(1, BLOCK_ENTRIES // classes) if on_cpu else 0
     columns = min(classes, max(256, COLUMNS_ENTRIES // max(width, 1)))
     if workspace < 2 * fixed(block, columns) + wanted * row_bytes:  # spare scratch rather than rows

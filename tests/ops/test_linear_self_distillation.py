@@ -251,6 +251,7 @@ def test_plans():
         assert plan(classes).chunk >= 2048
     assert plan(128256).chunk == (512 << 20) // (4 * 128256)
     assert plan(32000, buffers=2).chunk >= 2048
+    assert plan(32000, torch.bfloat16).chunk == (512 << 20) // ((4 + 2) * 32000)
     assert plan(151936, torch.bfloat16, "cpu").chunk == 512
     assert plan(1000, chunk_rows=77).chunk == 77
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
@@ -511,6 +512,8 @@ BAD_CALLS = {
         lambda f: f(H, W, Y, workspace=10), ValueError, r"workspace: got 10 bytes, but one row of 5 classes needs \d+"),
     "workspace too small for the chunk": (
         lambda f: f(H, W, Y, workspace=1000, chunk_rows=100), ValueError, "but 100 rows of 5 classes needs"),
+    "a backend without this kernel": (
+        lambda f: f(H, W, Y, backend="cuda"), NotImplementedError, "backend='cuda': this operation has no such kernel"),
     "unknown reduction": (lambda f: f(H, W, Y, reduction="batchmean"), ValueError, "reduction: got 'batchmean'"),
     "row_weight of another length": (
         lambda f: f(H, W, Y, row_weight=torch.rand(5)), ValueError, r"row_weight: got shape \(5,\), wanted \(4,\)"),

@@ -63,8 +63,8 @@ def linear_self_distillation_loss(
         return_stats: Also return `LossStats`.
         chunk_rows: Rows of a chunk; ``None``: as many as `workspace` holds, on a CPU at most 512.
         workspace: Bytes that the chunk and the scratch beside it may take, whatever the number of rows.
-        backend: ``None`` for the best one available, or ``"cpu"``, ``"cuda"``, ``"triton"``, ``"reference"``. The
-            reference makes all the logits.
+        backend: ``None`` for the best one available, or ``"cpu"``, ``"triton"``, ``"reference"``. The reference makes
+            all the logits.
 
     Returns:
         The loss, or (loss, stats), as `self_distillation_loss` returns them.
@@ -92,7 +92,7 @@ def linear_self_distillation_loss(
         row_weight = row_weight.reshape(-1)
     classes, width = weight.shape
     plan = linear_chunks.plan(classes, width, hidden.dtype, hidden.device.type, 1, chunk_rows, workspace)
-    chosen = _dispatch.choose(backend, hidden.device.type)
+    chosen = _dispatch.choose(backend, hidden.device.type, unserved=("cuda",))  # which writes in no place but its own
     flat = hidden.reshape(-1, width)
 
     if isinstance(alpha, AdaptiveAlpha) and (alpha.sync or chosen != "reference"):

@@ -167,7 +167,8 @@ def _count_correct(hidden, weight, bias, labels, ignore_index, chunk, block, col
     def of_block(rows, logits):
         counts.add_(torch.stack(batch_accuracy(logits, labels[rows], ignore_index)))
 
-    sweep([classifier], Plan(chunk, block, columns), of_block, None)
+    # In parts of a chunk on a GPU too: looking for NaN takes a byte an entry.
+    sweep([classifier], Plan(chunk, block or max(1, chunk // 8), columns), of_block, None)
     return counts
 
 
