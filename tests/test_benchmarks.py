@@ -27,6 +27,8 @@ def test_a_ratio_is_the_median_of_the_turns_ratios():
     assert tables.verdict(ours, peer, 0.5) == "0.50 (0.50–0.50); target 0.5: met"
     assert tables.verdict(ours, peer, 0.4).endswith("**missed**")
     assert tables.fastest([peer, ours], "") is ours
+    tiny = {"turns": [each / 100 for each in ours["turns"]]}
+    assert tables.verdict(tiny, peer, 1 / 12) == "0.005 (0.005–0.005); target 0.0833: met"
 
 
 def test_rows_take_turns():
