@@ -220,10 +220,18 @@ def mixing(
 
 
 def _synchronised_alpha(alpha: AdaptiveAlpha, flat: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        raise RuntimeError("AdaptiveAlpha(sync=True): torch.distributed is not initialised; call init_process_group")
     counts = torch.stack(batch_accuracy(flat.detach(), labels, ignore_index)).to(accumulation_dtype(flat.dtype))
-    torch.distributed.all_reduce(counts, group=alpha.group)
+    return alpha_of_counts(alpha, counts)
+
+
+def alpha_of_counts(alpha: AdaptiveAlpha, counts: Tensor) -> Tensor:
+    """1 − clip(ratio · accuracy, 0, 1) of (correct, kept) rows, those of all processes where α is synchronised."""
+    if alpha.sync:
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            raise RuntimeError(
+                "AdaptiveAlpha(sync=True): torch.distributed is not initialised; call init_process_group"
+            )
+        torch.distributed.all_reduce(counts, group=alpha.group)
     return 1 - (alpha.ratio * counts[0] / counts[1].clamp(min=1)).clamp(0, 1)
 
 
