@@ -61,6 +61,7 @@ struct Row {
   const T* x = nullptr;  // logits
   Peak<T> top;           // of the logits
   Given<T> given;
+  Softmax<T> alone[2];
 
   Row(const Problem<T>& problem, Scratch<T>& scratch, bool split_columns, int64_t i, T factor, T* gradient)
       : problem(problem),
@@ -92,17 +93,31 @@ struct Row {
   // (1 - alpha) T^2 D; its gradient is added to, or (`fresh`) written to the row's.
   T divergence(bool fresh) {
     const T scale = factor * (T(1) - alpha) * problem.temperature;  // T^2 of the loss over T of the logits
-    const T value = given.student ? small_divergence(scale, fresh) : long_divergence(scale, fresh);
+    // By the column count alone, so that a row's bits do not depend on how it lies in memory.
+    const bool small = problem.form == kLogits && columns.count <= self_distillation::kSmallRow<T>;
+    const T value = small ? small_divergence(scale, fresh) : long_divergence(scale, fresh);
     return (T(1) - alpha) * problem.temperature * problem.temperature * value;
   }
 
   T small_divergence(T scale, bool fresh) {
+    const Rows& rows = problem.teacher;
+    const T* t = rows.template row<T>(i, rows.template direct<T>() ? nullptr : scratch.row(Scratch<T>::kTeacher));
+    if (!given.student) make_alone(t);
     const Side<T> student = {given.student->top.value, T(1) / problem.temperature, given.student->log_total, T(1)};
     const Side<T> teacher = {given.teacher->top.value, T(1) / problem.teacher_temperature, given.teacher->log_total,
                              T(1)};
-    const T* t = problem.teacher.template row<T>(i, nullptr);
     return problem.divergence == kKl ? kl_of(t, given.p, given.q, student, teacher, T(1), scale, fresh)
                                      : scored(t, given.p, given.q, student, teacher, scale, fresh);
+  }
+
+  void make_alone(const T* t) {
+    T ones[vec::kLanes<T>];
+    std::fill_n(ones, vec::kLanes<T>, T(1));
+    given.p = scratch.row(Scratch<T>::kStudentTerms), given.q = scratch.row(Scratch<T>::kTeacherTerms);
+    given.student = alone, given.teacher = alone + 1;
+    const int64_t n = columns.count;
+    self_distillation::small_rows(x, int64_t{0}, 1, n, ones, given.p, alone, T(1) / problem.temperature);
+    self_distillation::small_rows(t, int64_t{0}, 1, n, ones, given.q, alone + 1, T(1) / problem.teacher_temperature);
   }
 
   T long_divergence(T scale, bool fresh) {
