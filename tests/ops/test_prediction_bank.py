@@ -292,7 +292,7 @@ def test_duplicates_are_the_same_bits_on_any_number_of_threads(backend):
     """Large enough that rows go to several threads, most indices several times."""
     rows = 40 if backend == "triton" else 600
     logits, labels, indices = torch.randn(rows, 300), torch.randint(300, (rows,)), torch.randint(rows // 7, (rows,))
-    first = fill(PredictionBank(80, 300, order="write_then_read"))
+    first = fill(PredictionBank(90, 300, order="write_then_read"))
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 5):
