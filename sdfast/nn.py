@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from sdfast import _checks, _dispatch
+from sdfast.nn_teachers import DistillationLoss, LinearDistillationLoss, LinearSelfDistillationLoss
 from sdfast.ops.prediction_bank import BankRows, PredictionBank, elr_loss
 from sdfast.ops.self_distillation import (
     AdaptiveAlpha,
@@ -16,7 +17,13 @@ from sdfast.ops.self_distillation import (
 )
 from sdfast.ops.self_distillation.weights import RowWeight
 
-__all__ = ["ELRLoss", "SelfDistillationLoss"]
+__all__ = [
+    "DistillationLoss",
+    "ELRLoss",
+    "LinearDistillationLoss",
+    "LinearSelfDistillationLoss",
+    "SelfDistillationLoss",
+]
 
 
 class SelfDistillationLoss(nn.Module):

@@ -108,5 +108,10 @@ def test_a_missing_source_is_warned_of_at_the_call_and_only_there(monkeypatch):
         warnings.simplefilter("error")
         module = SelfDistillationLoss(0.5, label_fn="softmax")
         module(LOGITS, LABELS, source=LOGITS.flip(0))
-    with pytest.warns(UserWarning, match="with source=None"):
+    with pytest.warns(UserWarning, match="with source=None") as caught:
         module(LOGITS, LABELS)
+    assert caught[0].filename == __file__
+    monkeypatch.setattr("sdfast.ops.self_distillation.arguments._warned", False)
+    with pytest.warns(UserWarning, match="with source=None") as caught:
+        sdfast.self_distillation_loss(LOGITS, LABELS, 0.5, label_fn="softmax")
+    assert caught[0].filename == __file__

@@ -7,21 +7,6 @@ namespace sdfast::self_distillation {
 
 using OptionalTensor = std::optional<Tensor>;
 
-// Rows go to threads; rows fewer than the threads and long are split by columns instead. body(begin, end,
-// split_columns)
-template <class Body>
-void over_rows(int64_t rows, int64_t classes, const Body& body) {
-  constexpr int64_t kGrain = 32768;  // entries worth waking a thread for
-  if (rows < static_cast<int64_t>(torch::stable::get_num_threads()) && classes >= 2 * Columns::kChunk) {
-    body(0, rows, true);
-  } else if (rows * classes <= kGrain) {
-    body(0, rows, false);
-  } else {
-    torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kGrain / classes),
-                                [&](int64_t begin, int64_t end) { body(begin, end, false); });
-  }
-}
-
 // The batch's accuracy must be known before the first gradient: finds every row's peak, kept for the second pass.
 template <class T>
 T adaptive_batch_alpha(const Problem<T>& problem, T ratio, int64_t kept, std::vector<Peak<T>>& peaks) {
@@ -118,12 +103,6 @@ Problem<T> make_problem(const Tensor& logits, const Tensor& labels, const Option
 
 template <class T>
 constexpr ScalarType kType = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
-
-inline Tensor new_gradient(const Tensor& logits, ScalarType type) {
-  Tensor gradient = new_tensor(logits, {logits.size(0), logits.size(1)}, type);
-  use_huge_pages(gradient.mutable_data_ptr(), gradient.numel() * gradient.element_size());
-  return gradient;
-}
 
 // What the backward and the statistics need, from the rows' own results.
 template <class T>

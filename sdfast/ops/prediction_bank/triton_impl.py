@@ -20,14 +20,14 @@ from sdfast.ops.self_distillation.description import (
     accumulation_dtype,
 )
 from sdfast.ops.self_distillation.triton_impl import (
-    _REAL,
     COUNT_IN_PROGRAM,
     PARTIALS,
-    _arrival_counter,
-    _count,
-    _device_of,
-    _label_strides,
-    _stages,
+    REAL,
+    arrival_counter,
+    count,
+    device_of,
+    label_strides,
+    stages,
     tiling,
 )
 
@@ -80,19 +80,19 @@ def forward(
     summed = reduced or want_stats
     soft = labels.dim() == 2
     claimed = (update or unique) and rows > 0
-    with _device_of(logits):
+    with device_of(logits):
         if claimed:
             claim_kernel[(triton.cdiv(rows, CLAIM_TILE),)](
                 labels, indices, claims, labels.stride(0), rows, len(seen), ignore_index, soft, CLAIM_TILE
             )
         counts: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
         if adaptive or (reduction == REDUCTIONS["mean"] and not soft and rows > COUNT_IN_PROGRAM):
-            counts = _count(logits, labels, class_weight, adaptive, ignore_index)
+            counts = count(logits, labels, class_weight, adaptive, ignore_index)
         bank_kernel[(programs,)](
             logits, labels, alpha, indices, predictions, seen, claims if claimed else None, class_weight, row_weight,
             *counts, state, gradient if want_gradient else None, value,
             logits.new_empty((PARTIALS, programs), dtype=real) if summed else None,
-            _arrival_counter(logits.device) if summed else None, *logits.stride(), *_label_strides(labels), alpha_value,
+            arrival_counter(logits.device) if summed else None, *logits.stride(), *label_strides(labels), alpha_value,
             label_parameter, label_smoothing, target_power, row_power, 1 - momentum,
             math.log(momentum) if momentum else -math.inf, strength,
             clamp, rows, columns, len(seen), next((count.numel() for count in counts if count is not None), 0),
@@ -100,7 +100,7 @@ def forward(
             reduction, soft, adaptive, alpha is not None and alpha.dim() == 1,
             bias_correction, write_first, unique, update,
             label_fn == LABEL_FUNCTIONS["softmax"] and label_parameter != 1, strength != 0, clamp != 0, late,
-            want_stats, soft and columns == 1, tile.rows, tile.columns, tile.one_tile, _stages(logits), _REAL[real],
+            want_stats, soft and columns == 1, tile.rows, tile.columns, tile.one_tile, stages(logits), REAL[real],
             num_warps=tile.warps,
         )  # fmt: skip
     return value, gradient, state

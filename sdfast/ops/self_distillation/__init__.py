@@ -169,15 +169,14 @@ def self_distillation_loss(
 
 def indices_beside_rows(logits: Tensor, labels: Tensor) -> bool:
     """Whether these are floating (N, C) logits with (N,) int64 labels on one device: nothing needs converting."""
+    if not isinstance(logits, Tensor) or not isinstance(labels, Tensor) or labels.dtype is not torch.int64:
+        return False
+    shape = logits.shape
     return (
-        isinstance(logits, Tensor)
-        and isinstance(labels, Tensor)
-        and labels.dtype is torch.int64
+        len(shape) == 2
+        and shape[:1] == labels.shape
+        and shape[1] > 1
         and logits.dtype in _checks.FLOATING
-        and labels.dim() == 1
-        and logits.dim() == 2
-        and labels.size(0) == logits.size(0)
-        and logits.size(1) > 1
         and labels.device == logits.device
         and logits.layout is torch.strided
     )

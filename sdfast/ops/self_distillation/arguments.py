@@ -1,14 +1,13 @@
 """What the arguments of `self_distillation_loss` may be: their small types, their checks, their normal forms."""
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sdfast import _checks
+from sdfast import _checks, _warnings
 from sdfast.ops.prediction_bank.bank import BankRows, check_rows
 from sdfast.ops.self_distillation.description import LABEL_FUNCTIONS, LOSSES, MIXINGS, REDUCTIONS, accumulation_dtype
 from sdfast.ops.self_distillation.reference import batch_accuracy
@@ -194,6 +193,9 @@ def mixing(
     alpha: float | Tensor | AdaptiveAlpha, logits: Tensor, flat: Tensor, labels: Tensor, loss: str, ignore_index: int
 ) -> tuple[Tensor | None, float, bool]:
     """(tensor α or None, number, adaptive): the number is α itself, or the ratio of an adaptive one."""
+    compiling = torch.compiler.is_compiling()
+    if type(alpha) is float and 0 <= alpha <= 1 and not compiling:  # the commonest, at a glance
+        return None, alpha, False
     if isinstance(alpha, AdaptiveAlpha):
         if not alpha.sync:
             return None, alpha.ratio, True
@@ -202,7 +204,7 @@ def mixing(
         if alpha.dim() == 0:
             return _checks.check_weight("alpha", alpha, (), "(or one a row)", logits), 1.0, False
         return _checks.check_weight("alpha", alpha, logits.shape[:-1], "(one a row)", logits).reshape(-1), 1.0, False
-    if torch.compiler.is_compiling():
+    if compiling:
         # A number in the graph is a new graph per number; as a tensor it is an input. Its value cannot be checked here.
         return logits.new_ones((), dtype=accumulation_dtype(logits.dtype)) * alpha, 1.0, False
     if not _checks.is_number(alpha):
@@ -218,10 +220,18 @@ def mixing(
 
 
 def _synchronised_alpha(alpha: AdaptiveAlpha, flat: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        raise RuntimeError("AdaptiveAlpha(sync=True): torch.distributed is not initialised; call init_process_group")
     counts = torch.stack(batch_accuracy(flat.detach(), labels, ignore_index)).to(accumulation_dtype(flat.dtype))
-    torch.distributed.all_reduce(counts, group=alpha.group)
+    return alpha_of_counts(alpha, counts)
+
+
+def alpha_of_counts(alpha: AdaptiveAlpha, counts: Tensor) -> Tensor:
+    """1 − clip(ratio · accuracy, 0, 1) of (correct, kept) rows, those of all processes where α is synchronised."""
+    if alpha.sync:
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            raise RuntimeError(
+                "AdaptiveAlpha(sync=True): torch.distributed is not initialised; call init_process_group"
+            )
+        torch.distributed.all_reduce(counts, group=alpha.group)
     return 1 - (alpha.ratio * counts[0] / counts[1].clamp(min=1)).clamp(0, 1)
 
 
@@ -263,11 +273,10 @@ def warn_no_op(plain: bool) -> None:
     if plain or _warned or torch.compiler.is_compiling():
         return
     _warned = True
-    warnings.warn(
+    _warnings.warn_caller(
         "self_distillation_loss: with source=None this label_fn and loss give exactly alpha times the plain loss's "
         "gradient, so the model's own predictions teach it nothing; use label_fn='hardmax', a temperature below 1 or "
-        "a source",
-        stacklevel=3,
+        "a source"
     )
 
 
