@@ -1,11 +1,11 @@
-"""Runs the benchmarks, prints one table, and records the run: ``python -m benchmarks [pytest arguments]``.
+"""Runs the benchmarks of some operations or of all, prints their tables, and records each whole run.
 
-A run of all benchmarks is written to ``benchmarks/results/<device>/<operation>.json``; a run of some (with ``-k``) is
-only printed. ``python -m benchmarks --report`` writes docs/performance.md from the recorded runs.
+A run of an operation's whole file is written to ``benchmarks/results/<device>/<operation>.json``, and then
+docs/performance.md is written anew from all recorded runs; a run of some groups (``--group 128x10``) is only printed.
 """
 
+import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -13,33 +13,41 @@ from pathlib import Path
 
 from benchmarks.environment import environment
 from benchmarks.tables import print_run, write_report
+from sdfast import _files
 
 HERE = Path(__file__).parent
+OPERATIONS = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
 
 
-def run_benchmarks(arguments: list[str]) -> list[dict]:
+def run_benchmarks(operation: str, groups: list[str]) -> list[dict]:
     """The pytest-benchmark results of a fresh process."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "benchmark.json"
-        command = [sys.executable, "-m", "pytest", str(HERE), "-q", "--benchmark-only", "--benchmark-disable-gc",
-                   "--benchmark-warmup=on", "--benchmark-warmup-iterations=5", "--benchmark-min-rounds=15",
-                   "--benchmark-columns=median,iqr,rounds", f"--benchmark-json={output}", *arguments]  # fmt: skip
-        status = subprocess.run(command, stdout=sys.stderr, check=False).returncode
-        if status:
-            raise SystemExit(status)
-        return json.loads(output.read_text())["benchmarks"]
+        command = [sys.executable, "-m", "pytest", str(HERE / f"bench_{operation}.py"), "-q", "--benchmark-only",
+                   "--benchmark-disable-gc", "--benchmark-warmup=on", "--benchmark-warmup-iterations=3",
+                   "--benchmark-min-rounds=3", "--benchmark-max-time=0.2", "--benchmark-columns=median,iqr,rounds",
+                   "-p", "no:cacheprovider", f"--benchmark-json={output}"]  # fmt: skip
+        command += [f"--group={group}" for group in groups]
+        quiet = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, check=False
+        )  # its tables would not combine turns
+        if quiet.returncode:
+            sys.stderr.write(quiet.stdout)
+            raise SystemExit(quiet.returncode)
+        return json.loads(output.read_text())["benchmarks"] if output.exists() else []
 
 
-def compact(benchmark: dict) -> dict:
-    """One row of a recorded run: seconds and what the benchmark said of itself."""
-    stats = benchmark["stats"]
-    return {
-        "group": benchmark["group"],
-        **benchmark["extra_info"],
-        "median": stats["median"],
-        "iqr": stats["iqr"],
-        "rounds": stats["rounds"],
-    }
+def combine(benchmarks: list[dict]) -> list[dict]:
+    """One row for each (group, name): its median seconds turn by turn, and what the benchmark said of itself."""
+    rows: dict[tuple[str, str], dict] = {}
+    for benchmark in benchmarks:
+        about = dict(benchmark["extra_info"])
+        name, _, steps = about.pop("name"), about.pop("turn"), about.pop("steps")
+        row = rows.setdefault(
+            (benchmark["group"], name), {"group": benchmark["group"], "name": name, **about, "turns": []}
+        )
+        row["turns"].append(benchmark["stats"]["median"] / steps)
+    return list(rows.values())
 
 
 def record(run: dict, operation: str) -> Path:
@@ -47,24 +55,32 @@ def record(run: dict, operation: str) -> Path:
     folder = HERE / "results" / run["environment"]["device"]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{operation}.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(run, indent=1) + "\n")
-    os.replace(temporary, path)
+    _files.write_text(path, json.dumps(run, indent=1) + "\n")
     return path
 
 
-def main(arguments: list[str]) -> None:
+def main() -> None:
     """Prints and, where all ran, records."""
-    if arguments == ["--report"]:
-        print(write_report())
-        return
-    rows = [compact(each) for each in run_benchmarks(arguments)]
-    run = {"environment": environment(f"make bench BENCH_ARGS={' '.join(arguments)!r}"), "rows": rows}
-    print_run(run)
-    if not any(argument.startswith("-k") for argument in arguments):
-        print("recorded in", record(run, "self_distillation").relative_to(HERE.parent))
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
+    parser.add_argument("operations", nargs="*", metavar="OPERATION", help=f"of {', '.join(OPERATIONS)}; default: all")
+    parser.add_argument("--group", action="append", default=[], help="only this group of rows; may be repeated")
+    parser.add_argument("--report", action="store_true", help="only write docs/performance.md from the recorded runs")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.operations) - set(OPERATIONS):
+        parser.error(f"OPERATION: got {', '.join(sorted(unknown))}, wanted some of {', '.join(OPERATIONS)}")
+    if not arguments.report:
+        for operation in arguments.operations or OPERATIONS:
+            rows = combine(run_benchmarks(operation, arguments.group))
+            if not rows:
+                print(f"{operation}: nothing to time on this device")
+                continue
+            run = {"environment": environment(f"make bench BENCH_ARGS={operation}"), "rows": rows}
+            print_run(run, operation)
+            if not arguments.group:
+                print("recorded in", record(run, operation).relative_to(HERE.parent))
+    if arguments.report or not arguments.group:
         print("report in", write_report())
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

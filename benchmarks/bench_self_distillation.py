@@ -4,14 +4,25 @@ Each implementation is checked against the float64 reference before it is timed.
 leave the last-level cache.
 """
 
+import functools
 import itertools
 
-import pytest
 import torch
 
 import sdfast
 from benchmarks import peers
+from benchmarks.harness import Case, interleaved, measure
 from benchmarks.shapes import LOSS_SHAPES
+
+PEERS = {"best eager": "eager:", "best compiled": "compiled:", "F.cross_entropy": "F.cross_entropy"}
+TARGETS = {
+    "128x10": {"sdfast": (0.5, 0.6, 1.0)},
+    "128x100": {"sdfast": (0.5, 0.6, None)},
+    "1024x1000": {"sdfast": (0.3, 0.5, 0.7)},
+    "4096x1000": {"sdfast": (0.3, 0.5, 0.7)},
+    "512x32000": {"sdfast": (0.3, 0.5, 0.7)},
+    "1024x50257": {"sdfast": (0.3, 0.5, 0.7)},
+}
 
 ALPHA = 0.7
 CACHE_BYTES = 64 << 20
@@ -50,14 +61,6 @@ ROWS = {
 MIXED = {name for name, f in ROWS.items() if f in (ours, *peers.EAGER_COMPOSITIONS)}
 
 
-def implementation(name):
-    """The function of a row, compiled where its name says so."""
-    if "compiled" not in name:
-        return ROWS[name]
-    torch._dynamo.reset()
-    return torch.compile(ROWS[name], fullgraph=True)
-
-
 def step(function, logits, labels):
     """What one training step spends on the loss."""
     leaf = logits.detach().requires_grad_()
@@ -74,28 +77,24 @@ def check(name, function, logits, labels):
     torch.testing.assert_close(step(function, logits, labels).double(), exact.grad, rtol=1e-4, atol=1e-8)
 
 
-def peak_bytes(function, logits, labels):
-    """The most that torch's allocator holds during one step beyond what it held before."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        step(function, logits, labels)
-    held = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
-
-
-@pytest.mark.parametrize("shape", LOSS_SHAPES)
-@pytest.mark.parametrize("name", ROWS)
-def test_loss(benchmark, shape, name):
-    rows, classes = LOSS_SHAPES[shape]
-    benchmark.group = shape
+@functools.lru_cache(maxsize=1)
+def inputs(group):
+    """Enough copies of a group's inputs to leave the last-level cache, at most eight."""
+    rows, classes = LOSS_SHAPES[group]
     copies = max(1, min(8, CACHE_BYTES // (rows * classes * 4)))
-    inputs = [(4 * torch.randn(rows, classes), torch.randint(0, classes, (rows,))) for _ in range(copies)]
-    function = implementation(name)
-    check(name, function, *inputs[0])
-    turn = itertools.cycle(inputs)
-    benchmark.extra_info.update(rows=rows, classes=classes, name=name, dtype="float32")
-    benchmark.extra_info["peak_bytes"] = peak_bytes(function, *inputs[0])
-    benchmark(lambda: step(function, *next(turn)))
+    return [(4 * torch.randn(rows, classes), torch.randint(0, classes, (rows,))) for _ in range(copies)]
+
+
+def prepare(group, name):
+    """A row's step, checked."""
+    function = torch.compile(ROWS[name], fullgraph=True) if "compiled" in name else ROWS[name]
+    check(name, function, *inputs(group)[0])
+    turn = itertools.cycle(inputs(group))
+    rows, classes = LOSS_SHAPES[group]
+    floor = 2 * 4 * rows * classes  # logits read once, gradient written once
+    return Case(lambda: step(function, *next(turn)), floor_bytes=floor, about={"dtype": "float32"})
+
+
+@interleaved(LOSS_SHAPES, ROWS)
+def test_loss(benchmark, group, turn, name):
+    measure(benchmark, group, turn, name, prepare)

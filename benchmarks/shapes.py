@@ -8,3 +8,8 @@ LOSS_SHAPES = {
     "512x32000": (512, 32000),  # a language model's vocabulary: out of every cache
     "1024x50257": (1024, 50257),
 }
+
+# (rows, width of the hidden states, classes)
+LINEAR_SHAPES = {
+    "2048x512x32000": (2048, 512, 32000),
+}

@@ -1,83 +1,107 @@
 """Tables from recorded runs: for the terminal, and for docs/performance.md with the targets beside them."""
 
+import importlib
 import json
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 REPORT = ROOT / "docs" / "performance.md"
-OURS = "sdfast"
-
-# Ratios to stay under, by rows x classes: (best eager, best compiled, F.cross_entropy); None where no target is set.
-TARGETS = {
-    "128x10": (0.5, 0.6, 1.0),
-    "128x100": (0.5, 0.6, None),
-    "1024x1000": (0.3, 0.5, 0.7),
-    "4096x1000": (0.3, 0.5, 0.7),
-    "512x32000": (0.3, 0.5, 0.7),
-    "1024x50257": (0.3, 0.5, 0.7),
-}
-PEERS = ("best eager", "best compiled", "F.cross_entropy")
 
 
-def peer_times(rows: list[dict]) -> tuple[float, ...]:
-    """Median seconds of the best eager composition, the best compiled one, and F.cross_entropy."""
-
-    def best(prefix: str) -> float:
-        return min((row["median"] for row in rows if row["name"].startswith(prefix)), default=float("nan"))
-
-    return best("eager:"), best("compiled:"), best("F.cross_entropy")
+def ratios(row: dict, peer: dict) -> list[float]:
+    """How many times the peer's time a row took, turn by turn."""
+    return [ours / theirs for ours, theirs in zip(row["turns"], peer["turns"], strict=True)]
 
 
-def group_table(group: str, rows: list[dict], copy_rate: float) -> list[str]:
-    """A Markdown table of one shape. GB/s counts the floor: logits read once, gradient written once."""
-    peers = peer_times(rows)
+def fastest(rows: list[dict], prefix: str) -> dict | None:
+    """The fastest row whose name starts so."""
+    return min(
+        (row for row in rows if row["name"].startswith(prefix)), key=lambda row: median(row["turns"]), default=None
+    )
+
+
+def rate_cells(row: dict, about: dict) -> list[str]:
+    """What the floor's bytes or FLOPs make of the row's time, and of the machine's own rate."""
+    seconds = median(row["turns"])
+    if flops := row["floor_flops"]:
+        rate = flops / seconds
+        return [f"{rate / 1e9:,.1f} GFLOP/s", f"{100 * rate / about['gemm_flops_per_second']:.0f} % of GEMM"]
+    if floor := row["floor_bytes"]:
+        rate = floor / seconds
+        return [f"{rate / 1e9:,.1f} GB/s", f"{100 * rate / about['copy_bytes_per_second']:.0f} % of copy"]
+    return ["", ""]
+
+
+def group_table(group: str, rows: list[dict], peers: dict[str, str], about: dict) -> list[str]:
+    """A Markdown table of one group: the rates are those of the floor."""
+    against = {heading: fastest(rows, prefix) for heading, prefix in peers.items()}
     lines = [
-        f"| {group} | µs | GB/s | of copy | / best eager | / best compiled | / F.cross_entropy | peak MiB |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        f"| {group} | time | rate | of the machine | {' | '.join(f'/ {heading}' for heading in peers)} | peak MiB |",
+        "|---|---:|---:|---:|" + "---:|" * (len(peers) + 1),
     ]
     for row in rows:
-        rate = 2 * 4 * row["rows"] * row["classes"] / row["median"]
-        ratios = " | ".join(f"{row['median'] / peer:.2f}" for peer in peers)
-        lines.append(
-            f"| {row['name']} | {row['median'] * 1e6:,.1f} | {rate / 1e9:.1f} | {100 * rate / copy_rate:.0f} % "
-            f"| {ratios} | {row['peak_bytes'] / 2**20:.1f} |"
-        )
+        cells = [row["name"], time(median(row["turns"])), *rate_cells(row, about)]
+        cells += [shown(median(ratios(row, peer))) if peer else "" for peer in against.values()]
+        lines.append(f"| {' | '.join(cells)} | {row['peak_bytes'] / 2**20:.1f} |")
     return lines
 
 
-def groups(run: dict) -> dict[str, list[dict]]:
-    """The rows by shape."""
-    by_group: dict[str, list[dict]] = {}
+def shown(ratio: float) -> str:
+    """Two decimals, or two digits where that would leave fewer."""
+    return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.2g}"
+
+
+def time(seconds: float) -> str:
+    """Seconds in the unit that suits them."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:,.2f} {unit}"
+    return f"{seconds * 1e6:,.1f} µs"
+
+
+def by_group(run: dict) -> dict[str, list[dict]]:
+    """The rows by group."""
+    groups: dict[str, list[dict]] = {}
     for row in run["rows"]:
-        by_group.setdefault(row["group"], []).append(row)
-    return by_group
+        groups.setdefault(row["group"], []).append(row)
+    return groups
 
 
-def print_run(run: dict) -> None:
-    """Every shape's table on the terminal."""
-    rate = run["environment"]["copy_bytes_per_second"]
-    print(f"copy: {rate / 1e9:.1f} GB/s (read + written)")
-    for group, rows in groups(run).items():
-        print(*group_table(group, rows, rate), "", sep="\n")
-
-
-def target_table(run: dict) -> list[str]:
-    """Measured ratio against target, met or missed."""
-    lines = [f"| shape | {' | '.join(PEERS)} |", "|---|---|---|---|"]
-    for group, rows in groups(run).items():
-        ours = next((row["median"] for row in rows if row["name"] == OURS), None)
-        if ours is None or group not in TARGETS:
-            continue
-        cells = []
-        for peer, target in zip(peer_times(rows), TARGETS[group], strict=True):
-            ratio = ours / peer
-            verdict = (
-                "no target" if target is None else f"target {target}: {'met' if ratio <= target else '**missed**'}"
-            )
-            cells.append(f"{ratio:.2f} ({verdict})")
-        lines.append(f"| {group} | {' | '.join(cells)} |")
+def target_table(run: dict, module) -> list[str]:
+    """Measured ratio against target, met or missed; the range leaves out a turn at each end."""
+    lines = [f"| group | row | {' | '.join(module.PEERS)} |", "|---|---|" + "---|" * len(module.PEERS)]
+    for group, rows in by_group(run).items():
+        by_name = {row["name"]: row for row in rows}
+        for name, targets in module.TARGETS.get(group, {}).items():
+            against = [fastest(rows, prefix) for prefix in module.PEERS.values()]
+            cells = [verdict(by_name[name], peer, target) for peer, target in zip(against, targets, strict=True)]
+            lines.append(f"| {group} | {name} | {' | '.join(cells)} |")
     return lines
+
+
+def verdict(row: dict, peer: dict | None, target: float | None) -> str:
+    """One cell: the ratio, its range over the turns, and whether it keeps its target."""
+    if peer is None:
+        return ""
+    turns = sorted(ratios(row, peer))
+    inner = turns[1:-1] or turns
+    measured = f"{shown(median(turns))} ({shown(inner[0])}–{shown(inner[-1])})"
+    if target is None:
+        return measured
+    return f"{measured}; target {target:.3g}: {'met' if median(turns) <= target else '**missed**'}"
+
+
+def print_run(run: dict, operation: str) -> None:
+    """Every group's table on the terminal."""
+    module = importlib.import_module(f"benchmarks.bench_{operation}")
+    about = run["environment"]
+    print(f"{operation}: a large copy moves {about['copy_bytes_per_second'] / 1e9:.1f} GB/s (read + written),", end=" ")
+    print(f"a large float32 GEMM computes {about['gemm_flops_per_second'] / 1e9:.0f} GFLOP/s")
+    for group, rows in by_group(run).items():
+        print(*group_table(group, rows, module.PEERS, about), "", sep="\n")
+    print(*target_table(run, module), "", sep="\n")
 
 
 def write_report() -> Path:
@@ -85,28 +109,33 @@ def write_report() -> Path:
     lines = [
         "# Performance",
         "",
-        "Generated by `python -m benchmarks --report` from the runs under `benchmarks/results/`. Medians of one run,",
-        "side by side; forward and backward through autograd with fresh leaf tensors; each implementation is checked",
-        "against the float64 reference before it is timed. GB/s counts the floor: logits read once, gradient written.",
-        "`sdfast` and `sdfast plain` do the same work: their difference is the noise of the machine during the run.",
+        "Generated by `python -m benchmarks --report` from the runs under `benchmarks/results/`. The rows of a group",
+        "are timed in turns, each once in every turn; a time is the median of its turns, a ratio the median of the",
+        "turns' ratios, with the range of the turns but the lowest and the highest in parentheses. Each implementation",
+        "is checked against the float64 reference before it is timed. A rate counts the floor: what the operation",
+        "itself must read, write and compute.",
         "The CUDA and Triton backends have no recorded run yet: they are unproved on a GPU.",
     ]
     for path in sorted(RESULTS.glob("*/*.json")):
         run = json.loads(path.read_text())
         about = run["environment"]
+        module = importlib.import_module(f"benchmarks.bench_{path.stem}")
         lines += [
             "",
             f"## {path.stem} on {about['device']}",
             "",
+            *module.__doc__.strip().splitlines(),
+            "",
             f"`{about['command']}` at {about['commit']} on {about['date']}: torch {about['torch']}, Python "
             f"{about['python']}, {about['threads']} threads; a large copy moves "
-            f"{about['copy_bytes_per_second'] / 1e9:.1f} GB/s.",
+            f"{about['copy_bytes_per_second'] / 1e9:.1f} GB/s, a large float32 GEMM computes "
+            f"{about['gemm_flops_per_second'] / 1e9:.0f} GFLOP/s.",
             "",
-            "Time of `sdfast.self_distillation_loss` (hardmax, float32, eager call) over each peer's:",
+            "Time over each peer's:",
             "",
-            *target_table(run),
+            *target_table(run, module),
         ]
-        for group, rows in groups(run).items():
-            lines += ["", *group_table(group, rows, about["copy_bytes_per_second"])]
+        for group, rows in by_group(run).items():
+            lines += ["", *group_table(group, rows, module.PEERS, about)]
     REPORT.write_text("\n".join(lines) + "\n")
     return REPORT.relative_to(ROOT)

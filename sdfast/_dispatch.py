@@ -7,11 +7,10 @@ on what is installed, never on values, so it is the same while compiling.
 
 import importlib.util
 import os
-import warnings
 
 import torch
 
-from sdfast import _native
+from sdfast import _native, _warnings
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 DEVICES = ("cpu", "cuda", "xpu")
@@ -45,6 +44,7 @@ _AUTOMATIC = {
     )
     for device in DEVICES
 }
+_NO_KERNEL = "this operation has no such kernel"
 _warned: set[str] = set()
 
 
@@ -62,31 +62,43 @@ def automatic(device_type: str) -> str:
     return _AUTOMATIC.get(device_type, "reference")
 
 
-def _warn_of_reference(device_type: str) -> None:
+def _warn_of_reference(device_type: str, unserved: tuple[str, ...]) -> None:
     if device_type in _warned or os.environ.get("SDFAST_NATIVE") == "0":
         return
     _warned.add(device_type)
-    reasons = "; ".join(f"{name}: {why_not(name, device_type)}" for name in BACKENDS[:-1])
-    warnings.warn(f"sdfast runs its slow plain PyTorch reference on {device_type} ({reasons})", stacklevel=4)
+    reasons = "; ".join(
+        f"{name}: {_NO_KERNEL if name in unserved else why_not(name, device_type)}" for name in BACKENDS[:-1]
+    )
+    _warnings.warn_caller(f"sdfast runs its slow plain PyTorch reference on {device_type} ({reasons})")
 
 
-def choose(backend: str | None, device_type: str) -> str:
+def choose(backend: str | None, device_type: str, unserved: tuple[str, ...] = ()) -> str:
     """The backend to run: `backend` if it can serve the call, or the best one where it is ``None``.
+
+    Args:
+        backend: What the caller asked for.
+        device_type: Of the tensors.
+        unserved: Backends for which the operation has no kernel.
+
+    Returns:
+        The backend's name.
 
     Raises:
         ValueError: `backend` is no backend's name.
         NotImplementedError: `backend` cannot serve this call; the message says why.
     """
     if backend is None:
-        if functorch_is_active():
+        if torch._C._are_functorch_transforms_active():
             return "reference"
-        chosen = automatic(device_type)
+        chosen = _AUTOMATIC.get(device_type, "reference")
+        if chosen in unserved:
+            chosen = "reference" if why_not("triton", device_type) else "triton"
         if chosen == "reference" and not torch.compiler.is_compiling():
-            _warn_of_reference(device_type)
+            _warn_of_reference(device_type, unserved)
         return chosen
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, wanted None or one of {', '.join(BACKENDS)}")
-    reason = why_not(backend, device_type)
+    reason = _NO_KERNEL if backend in unserved else why_not(backend, device_type)
     if reason is None and backend != "reference" and functorch_is_active():
         reason = "it has no rule for torch.func transforms; leave backend=None to take the reference"
     if reason is not None:

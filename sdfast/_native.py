@@ -26,9 +26,8 @@ def _load(name: str, unavailable: str | None = None) -> NativeLibrary:
         return NativeLibrary(name, "SDFAST_NATIVE=0 is set")
     path = Path(__file__).parent / name
     if not path.exists():
-        return NativeLibrary(
-            name, f"{name} is not installed: build it with a C++ compiler, see 'Install' in the README"
-        )
+        tool = "a C++ compiler" if name == "_C_cpu.so" else "nvcc"
+        return NativeLibrary(name, f"{name} is not installed: build it with {tool}, see 'Install' in the README")
     try:
         torch.ops.load_library(path)
     except OSError as error:

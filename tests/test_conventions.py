@@ -16,8 +16,12 @@ def test_there_are_operations():
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_an_operation_is_whole(operation):
     folder = ROOT / "sdfast" / "ops" / operation
-    wanted = [folder / name for name in ("__init__.py", "op.py", "reference.py", "triton_impl.py", "README.md")]
-    wanted += [ROOT / "csrc" / operation / name for name in ("kernel.h", "cpu.cpp")]
+    wanted = [folder / name for name in ("__init__.py", "op.py", "reference.py", "README.md")]
+    if operation.startswith("linear_"):  # matrix products of torch around the kernel of the loss it is named after
+        wanted.append(folder.parent / operation.removeprefix("linear_") / "op.py")
+    else:
+        wanted.append(folder / "triton_impl.py")
+        wanted += [ROOT / "csrc" / operation / name for name in ("kernel.h", "cpu.cpp")]
     wanted += [ROOT / "tests" / "ops" / f"test_{operation}.py", ROOT / "benchmarks" / f"bench_{operation}.py"]
     assert [str(path.relative_to(ROOT)) for path in wanted if not path.exists()] == []
 
@@ -26,7 +30,18 @@ def test_enumerations_of_python_and_cpp_agree():
     from sdfast.ops.self_distillation import description
 
     kernel = (ROOT / "csrc" / "self_distillation" / "kernel.h").read_text()
-    for table in (description.LABEL_FUNCTIONS, description.LOSSES, description.REDUCTIONS):
+    for table in (description.LABEL_FUNCTIONS, description.LOSSES, description.MIXINGS, description.REDUCTIONS):
+        for name, code in table.items():
+            constant = "k" + "".join(part.capitalize() for part in name.split("_"))
+            assert re.search(rf"\b{constant} = {code}\b", kernel), f"{constant} = {code} is not in kernel.h"
+    assert f"kStateSize = {description.STATE_SIZE}" in kernel
+
+
+def test_enumerations_of_the_distillation_loss_agree():
+    from sdfast.ops.distillation import description
+
+    kernel = (ROOT / "csrc" / "distillation" / "kernel.h").read_text()
+    for table in (description.DIVERGENCES, description.TEACHER_FORMS):
         for name, code in table.items():
             constant = "k" + "".join(part.capitalize() for part in name.split("_"))
             assert re.search(rf"\b{constant} = {code}\b", kernel), f"{constant} = {code} is not in kernel.h"

@@ -177,4 +177,26 @@ struct Columns {
   }
 };
 
+// Rows go to threads; rows fewer than the threads and long are split by columns instead. body(begin, end,
+// split_columns)
+template <class Body>
+void over_rows(int64_t rows, int64_t classes, const Body& body) {
+  constexpr int64_t kGrain = 32768;  // entries worth waking a thread for
+  if (rows < static_cast<int64_t>(torch::stable::get_num_threads()) && classes >= 2 * Columns::kChunk) {
+    body(0, rows, true);
+  } else if (rows * classes <= kGrain) {
+    body(0, rows, false);
+  } else {
+    torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kGrain / classes),
+                                [&](int64_t begin, int64_t end) { body(begin, end, false); });
+  }
+}
+
+// A contiguous gradient beside (N, C) logits.
+inline Tensor new_gradient(const Tensor& logits, ScalarType type) {
+  Tensor gradient = new_tensor(logits, {logits.size(0), logits.size(1)}, type);
+  use_huge_pages(gradient.mutable_data_ptr(), gradient.numel() * gradient.element_size());
+  return gradient;
+}
+
 }  // namespace sdfast

@@ -90,7 +90,7 @@ inline constexpr int64_t kSmallRow = 16 * vec::kLanes<T>;
 // The whole softmax of n <= kSmallRow columns, loaded once: scale p_c goes to `out` unless that is null. A last partial
 // vector overlaps the one before it: its first lanes are repeats, counted once and written twice with the same value.
 template <class T>
-SDFAST_CLONES Softmax<T> small_softmax(const T* x, int64_t n, T scale, T* out) {
+SDFAST_CLONES Softmax<T> small_softmax(const T* x, int64_t n, T scale, T* out, T rate = 1) {
   constexpr int kWidth = vec::kLanes<T>;
   const T lowest = -std::numeric_limits<T>::infinity();
   const int columns = static_cast<int>(n), full = columns / kWidth, rest = columns % kWidth;
@@ -113,7 +113,7 @@ SDFAST_CLONES Softmax<T> small_softmax(const T* x, int64_t n, T scale, T* out) {
 
   Lanes<T> total = {};
   for (int j = 0; j < used; ++j) {
-    lanes[j] = vec::exp_nonpositive(lanes[j] - top);
+    lanes[j] = vec::exp_nonpositive((lanes[j] - top) * rate);
     if (j == full && last >= 0)
       total += vec::counting<T>() >= kWidth - rest ? lanes[j] : Lanes<T>{};
     else
@@ -136,7 +136,7 @@ inline constexpr int64_t kTinyRow = 4 * vec::kLanes<T>;
 // p_rc goes to `out` unless that is null. A row's bits do not depend on its lane, nor on the other lanes.
 template <class T>
 SDFAST_CLONES void tiny_softmax(const T* x, int64_t row_stride, int rows, int n, const T* scale, T* out,
-                                Softmax<T>* softmax) {
+                                Softmax<T>* softmax, T rate = 1) {
   constexpr int kWidth = vec::kLanes<T>;
   const T* from[kWidth];
   for (int r = 0; r < kWidth; ++r) from[r] = x + (r < rows ? r : rows - 1) * row_stride;
@@ -152,7 +152,7 @@ SDFAST_CLONES void tiny_softmax(const T* x, int64_t row_stride, int rows, int n,
   }
   Lanes<T> total = {};
   for (int c = 0; c < n; ++c) {
-    lanes[c] = vec::exp_nonpositive(lanes[c] - high);
+    lanes[c] = vec::exp_nonpositive((lanes[c] - high) * rate);
     total += lanes[c];
   }
   const Lanes<T> log_total = vec::log_or_zero(total);
@@ -168,10 +168,11 @@ SDFAST_CLONES void tiny_softmax(const T* x, int64_t row_stride, int rows, int n,
 
 // The softmax of up to kLanes rows of n <= kSmallRow columns.
 template <class T>
-void small_rows(const T* x, int64_t row_stride, int rows, int64_t n, const T* scale, T* out, Softmax<T>* softmax) {
-  if (n <= kTinyRow<T>) return tiny_softmax(x, row_stride, rows, static_cast<int>(n), scale, out, softmax);
+void small_rows(const T* x, int64_t row_stride, int rows, int64_t n, const T* scale, T* out, Softmax<T>* softmax,
+                T rate = 1) {
+  if (n <= kTinyRow<T>) return tiny_softmax(x, row_stride, rows, static_cast<int>(n), scale, out, softmax, rate);
   for (int r = 0; r < rows; ++r)
-    softmax[r] = small_softmax(x + r * row_stride, n, scale[r], out ? out + r * n : nullptr);
+    softmax[r] = small_softmax(x + r * row_stride, n, scale[r], out ? out + r * n : nullptr, rate);
 }
 
 // out_c = out_c scale - uniform w_c (w = 1 where null)
@@ -226,6 +227,34 @@ SDFAST_CLONES void mix_target(T* target, int64_t n, Mixture<T> mix, const T* y, 
       }
       lanes += term * mix.source;
     }
+    store_some(target + i, lanes, used);
+  });
+}
+
+// log t for t >= 0, denormals and zero included
+template <class T>
+SDFAST_INLINE Lanes<T> log_probability(const Lanes<T>& t) {
+  const T kRaise = 18446744073709551616., kLogRaise = 44.3614195558364998;  // 2^64
+  const Lanes<T> lowest = broadcast(-std::numeric_limits<T>::infinity());
+  const Mask<T> low = t < std::numeric_limits<T>::min();
+  const Lanes<T> y = vec::log_or_zero(Lanes<T>(low ? t * kRaise : t)) - (low ? broadcast(kLogRaise) : Lanes<T>{});
+  return t == T(0) ? lowest : y;
+}
+
+template <class T>
+SDFAST_CLONES void take_logarithms(T* target, int64_t n) {
+  sweep<T>(n, [&](int64_t i, auto used, auto) {
+    store_some(target + i, log_probability<T>(load_some(target + i, used, T(1))), used);
+  });
+}
+
+// target_c = (s_c - shift) rate + alpha log(uniform + label y_c); where y is null the second term is `floor`
+template <class T>
+SDFAST_CLONES void mix_logarithms(T* target, int64_t n, const T* s, T shift, T rate, const T* y, Mixture<T> label,
+                                  T alpha, T floor) {
+  sweep<T>(n, [&](int64_t i, auto used, auto) {
+    Lanes<T> lanes = (load_some(s + i, used, shift) - shift) * rate + floor;
+    if (y) lanes += log_probability<T>(load_some(y + i, used, T(1)) * label.label + label.uniform) * alpha;
     store_some(target + i, lanes, used);
   });
 }

@@ -14,15 +14,25 @@ import numpy as np
 import torch
 
 from sdfast import _dispatch, _files, plots, report
+from sdfast.baselines import METHODS, TwoNetworks, make_method
 from sdfast.data import DATASETS, Batches, Dataset, NoisyLabels, flip_labels, load_dataset
 from sdfast.models import mlp
 from sdfast.ops.self_distillation import AdaptiveAlpha
 from sdfast.ops.self_distillation.arguments import is_no_op
 from sdfast.ops.self_distillation.description import LOSSES
 from sdfast.train.checkpoint import read
-from sdfast.train.flags import SETTINGS, check_arguments, describe, named_as_flags, settings_of, take_settings
+from sdfast.train.flags import (
+    SETTINGS,
+    check_arguments,
+    describe,
+    method_options,
+    named_as_flags,
+    settings_of,
+    take_settings,
+)
 from sdfast.train.history import History, strict_number
-from sdfast.train.self_distiller import AMP_DTYPES, SelfDistiller
+from sdfast.train.parts import AMP_DTYPES
+from sdfast.train.self_distiller import SelfDistiller
 
 try:
     import fcntl
@@ -57,6 +67,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--noise-exact", action="store_true", help="choose exactly that share of the labels")
 
     loss = parser.add_argument_group("loss")
+    loss.add_argument(
+        "--method",
+        choices=tuple(METHODS),
+        help="a published method with a loss of its own, instead of the options below; co-teaching trains two networks",
+    )
+    loss.add_argument(
+        "--option",
+        nargs="+",
+        metavar="NAME=VALUE",
+        help="of the method, as sdfast.baselines names them",
+    )
     alpha = loss.add_mutually_exclusive_group()
     alpha.add_argument(
         "--alpha-ratio",
@@ -118,7 +139,7 @@ def run(arguments: argparse.Namespace) -> int:
     with named_as_flags():
         data = load_dataset(arguments.dataset, test_fraction=arguments.test_fraction, seed=arguments.seed)
         noise = _noisy_labels(arguments, data)
-        distiller = _distiller(arguments, data)
+        distiller = _distiller(arguments, data, noise)
     arguments.output.mkdir(parents=True, exist_ok=True)
     with _locked(arguments.output):
         return _run(arguments, data, noise, distiller)
@@ -179,7 +200,7 @@ def _fit(arguments: argparse.Namespace, distiller: SelfDistiller, data: Dataset,
 
 
 def _say_if_no_op(arguments: argparse.Namespace) -> None:
-    plain = arguments.alpha == 1 or arguments.alpha_ratio == 0
+    plain = arguments.method is not None or arguments.alpha == 1 or arguments.alpha_ratio == 0
     if not plain and is_no_op(arguments.label_fn, arguments.temperature, arguments.loss, None):
         print(
             f"sdfast train: warning: --label-fn {arguments.label_fn} with --loss {arguments.loss} is plain training at "
@@ -215,30 +236,38 @@ def _noisy_labels(arguments: argparse.Namespace, data: Dataset) -> NoisyLabels:
     )
 
 
-def _distiller(arguments: argparse.Namespace, data: Dataset) -> SelfDistiller:
-    torch.manual_seed(arguments.seed)
-    model = mlp((data.train_inputs[0].numel(), *arguments.hidden, data.num_classes))
+def _distiller(arguments: argparse.Namespace, data: Dataset, noise: NoisyLabels) -> SelfDistiller:
+    method = None
+    if arguments.method is not None:
+        method = make_method(arguments.method, noise.labels, data.num_classes, **method_options(arguments))
+    model = _model(arguments, data)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=arguments.lr, momentum=arguments.momentum, weight_decay=arguments.weight_decay
     )
     scheduler = None
     if arguments.schedule == "cosine":
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, arguments.epochs)
-    alpha = AdaptiveAlpha(arguments.alpha_ratio) if arguments.alpha is None else arguments.alpha
     return SelfDistiller(
         model,
         optimizer,
-        alpha=alpha,
-        label_fn=arguments.label_fn,
-        temperature=arguments.temperature,
-        loss=arguments.loss,
-        label_smoothing=arguments.label_smoothing,
-        backend=arguments.backend,
+        **(_loss_options(arguments) if method is None else {"method": method}),
         scheduler=scheduler,
         device=arguments.device,
         amp=arguments.amp,
         compile=arguments.compile,
     )
+
+
+def _model(arguments: argparse.Namespace, data: Dataset) -> torch.nn.Module:
+    torch.manual_seed(arguments.seed)
+    widths = (data.train_inputs[0].numel(), *arguments.hidden, data.num_classes)
+    return TwoNetworks(mlp(widths), mlp(widths)) if arguments.method == "co-teaching" else mlp(widths)
+
+
+def _loss_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("label_fn", "temperature", "loss", "label_smoothing", "backend")
+    alpha = AdaptiveAlpha(arguments.alpha_ratio) if arguments.alpha is None else arguments.alpha
+    return {"alpha": alpha, **{name: getattr(arguments, name) for name in names}}
 
 
 def _write(arguments: argparse.Namespace, settings: dict[str, Any], history: History) -> None:

@@ -4,7 +4,8 @@
 from the inputs again, for any upstream gradient. Both take the same description of the loss, in this order.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,10 +15,12 @@ from sdfast.ops.self_distillation.description import REDUCTIONS, STATE_SIZE, Des
 _TENSORS = "Tensor logits, Tensor labels, Tensor? alpha, Tensor? source, Tensor? class_weight, Tensor? row_weight"
 _SCHEMAS = (
     f"_self_distillation{{suffix}}({_TENSORS}, float alpha_value, bool adaptive, int label_fn, float label_parameter, "
-    "int loss, int reduction, int ignore_index, float label_smoothing, bool want_gradient, bool want_stats) "
+    "int loss, int reduction, int ignore_index, float label_smoothing, int mixing, float target_power, "
+    "float row_power, bool want_gradient, bool want_stats) "
     "-> (Tensor loss, Tensor gradient, Tensor state)",
     f"_self_distillation_backward{{suffix}}(Tensor upstream, Tensor state, {_TENSORS}, float alpha_value, "
-    "int label_fn, float label_parameter, int loss, int ignore_index, float label_smoothing) -> Tensor gradient",
+    "int label_fn, float label_parameter, int loss, int ignore_index, float label_smoothing, int mixing, "
+    "float target_power, float row_power) -> Tensor gradient",
     # On a GPU, where the host does not know the upstream gradient: leaves at once if that is 1.
     "_scale_in_place{suffix}(Tensor(a!) gradient, Tensor upstream) -> ()",
 )
@@ -30,7 +33,7 @@ for _suffix in ("", "_triton"):
 
 def _fake_forward(
     logits, labels, alpha, source, class_weight, row_weight, alpha_value, adaptive, label_fn, label_parameter, loss,
-    reduction, ignore_index, label_smoothing, want_gradient, want_stats,
+    reduction, ignore_index, label_smoothing, mixing, target_power, row_power, want_gradient, want_stats,
 ):  # fmt: skip
     rows, classes = logits.shape
     dtype = accumulation_dtype(logits.dtype)
@@ -75,8 +78,8 @@ for _key in ("CPU", "CUDA", "XPU"):  # CPU tensors: in Triton's interpreter
 
 
 class _Operations(NamedTuple):
-    forward: torch._ops.OpOverload
-    backward: torch._ops.OpOverload
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
     scale_in_place: torch._ops.OpOverload
 
 
@@ -90,7 +93,7 @@ _TRITON = _Operations(
     torch.ops.sdfast._self_distillation_backward_triton.default,
     torch.ops.sdfast._scale_in_place_triton.default,
 )
-_OPERATIONS = {"cpu": _NATIVE, "cuda": _NATIVE, "triton": _TRITON}
+OPERATIONS = {"cpu": _NATIVE, "cuda": _NATIVE, "triton": _TRITON}
 
 
 class SelfDistillation(torch.autograd.Function):
@@ -104,8 +107,8 @@ class SelfDistillation(torch.autograd.Function):
     def forward(ctx, backend, logits, labels, alpha, source, class_weight, row_weight, description, want_stats):
         """Computes the loss, and the gradient too where it is wanted and reduced."""
         wanted = ctx.needs_input_grad[1]
-        now = wanted and _writes_gradient_early(backend, logits.dtype, description.reduction)
-        value, gradient, state = _OPERATIONS[backend].forward(
+        now = wanted and writes_gradient_early(backend, logits.dtype, description.reduction)
+        value, gradient, state = OPERATIONS[backend].forward(
             logits, labels, alpha, source, class_weight, row_weight, *description, now, want_stats
         )
         ctx.set_materialize_grads(False)
@@ -132,13 +135,13 @@ class SelfDistillation(torch.autograd.Function):
             return (None,) * 9
         saved = ctx.saved_tensors  # read once: activation checkpointing unpacks them only once
         if len(saved) == 1:
-            gradient = _scaled(saved[0], upstream, ctx.backend)
+            gradient = scaled(saved[0], upstream, ctx.backend)
         else:
-            gradient = _gradient_from_inputs(_OPERATIONS[ctx.backend], upstream, saved, ctx.description)
+            gradient = gradient_from_inputs(OPERATIONS[ctx.backend], upstream, saved, ctx.description)
         return None, gradient, None, None, None, None, None, None, None
 
 
-def _writes_gradient_early(backend: str, dtype: torch.dtype, reduction: int) -> bool:
+def writes_gradient_early(backend: str, dtype: torch.dtype, reduction: int) -> bool:
     """Whether the forward writes the gradient, for an upstream gradient of 1.
 
     Not where that would lose something: `none` has an upstream gradient a row, and float16 needs the factor of a loss
@@ -151,12 +154,12 @@ def _writes_gradient_early(backend: str, dtype: torch.dtype, reduction: int) -> 
     return backend == "cpu" or not torch.compiler.is_compiling()
 
 
-def _scaled(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
+def scaled(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
     """`gradient` times the 0-d `upstream`: `gradient` itself where nobody needs it again."""
     traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(upstream) is not Tensor
     if not traced and not _is_batched(upstream) and not _graph_is_kept():
         if backend != "cpu":
-            _OPERATIONS[backend].scale_in_place(gradient, upstream)
+            OPERATIONS[backend].scale_in_place(gradient, upstream)
             return gradient
         if upstream.item() == 1:
             return gradient
@@ -180,9 +183,11 @@ def self_distillation(*arguments):
     return SelfDistillation.apply(*arguments) if torch.compiler.is_compiling() else _apply(*arguments)
 
 
-def _gradient_from_inputs(operations: _Operations, upstream: Tensor, saved: tuple, d: Description) -> Tensor:
+def gradient_from_inputs(operations: _Operations, upstream: Tensor, saved: tuple, d: Description) -> Tensor:
+    """The gradient for any upstream gradient; `saved` is the state and the six tensors of the loss."""
     state, logits, labels, alpha, source, class_weight, row_weight = saved
     return operations.backward(
         upstream, state, logits, labels, state[0] if d.adaptive else alpha, source, class_weight, row_weight,
-        d.alpha_value, d.label_fn, d.label_parameter, d.loss, d.ignore_index, d.label_smoothing,
+        d.alpha_value, d.label_fn, d.label_parameter, d.loss, d.ignore_index, d.label_smoothing, d.mixing,
+        d.target_power, d.row_power,
     )  # fmt: skip

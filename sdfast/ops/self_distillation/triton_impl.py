@@ -21,7 +21,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sdfast.ops.self_distillation.description import LABEL_FUNCTIONS, LOSSES, REDUCTIONS, STATE_SIZE, accumulation_dtype
+from sdfast.ops.self_distillation.description import (
+    LABEL_FUNCTIONS,
+    LOSSES,
+    MIXINGS,
+    REDUCTIONS,
+    STATE_SIZE,
+    accumulation_dtype,
+)
 from sdfast.ops.self_distillation.triton_batch import MAX_COUNT_BLOCKS, SUM_BLOCK, count_kernel
 from sdfast.ops.self_distillation.triton_kernels import rows_kernel, scale_kernel
 from sdfast.ops.self_distillation.triton_steps import NO_LABEL_FUNCTION
@@ -33,7 +40,7 @@ COUNT_IN_PROGRAM = 4096  # labels: up to here each program counts them all, 32 K
 SCALE_TILE = 4096  # entries of a program that scales a gradient
 PARTIALS = 6  # loss, kept, alpha, correct, entropy, agreement
 
-_REAL = {torch.float32: tl.float32, torch.float64: tl.float64}
+REAL = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 class Tiling(NamedTuple):
@@ -55,7 +62,7 @@ def tiling(classes: int) -> Tiling:
     return Tiling(rows, columns, True, rows * columns // 512)
 
 
-def _stages(*tensors: Tensor | None) -> int:
+def stages(*tensors: Tensor | None) -> int:
     """Column tiles in flight of rows of several tiles: up to 4, within 48 KiB of shared memory for all that is read."""
     return max(1, min(4, 1 + 49152 // (LOOPED_TILE * sum(t.element_size() for t in tensors if t is not None))))
 
@@ -75,29 +82,36 @@ def forward(
     reduction: int,
     ignore_index: int,
     label_smoothing: float,
+    mixing: int,
+    target_power: float,
+    row_power: float,
     want_gradient: bool,
     want_stats: bool,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`_self_distillation_triton`: (loss, gradient, state) as the operation's schema has them."""
+    """`_self_distillation_triton`: (loss, gradient, state) as the operation's schema has them.
+
+    The gradient may go `into` a contiguous tensor, the logits themselves too: a tile is read before it is written.
+    """
     rows, classes = logits.shape
     real = accumulation_dtype(logits.dtype)
     reduced = reduction != REDUCTIONS["none"]
     value = logits.new_empty(() if reduced else (rows,), dtype=real)
-    gradient = logits.new_empty((rows, classes) if want_gradient else (0,))
+    gradient = logits.new_empty((rows, classes) if want_gradient else (0,)) if into is None else into
     want_state = want_stats or not want_gradient
     state = logits.new_empty((STATE_SIZE if want_state else 0,), dtype=real)
     programs = max(1, triton.cdiv(rows, tiling(classes).rows))
     summed = reduced or want_stats
-    with _device_of(logits):
+    with device_of(logits):
         counts: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
         if adaptive or (reduction == REDUCTIONS["mean"] and labels.dim() == 1 and rows > COUNT_IN_PROGRAM):
-            counts = _count(logits, labels, class_weight, adaptive, ignore_index)
+            counts = count(logits, labels, class_weight, adaptive, ignore_index)
         _launch(
             programs, logits, labels, alpha, source, class_weight, row_weight, alpha_value, adaptive, label_fn,
-            label_parameter, loss, ignore_index, label_smoothing, reduction=reduction, counts=counts,
-            state=state if want_state else None, gradient=gradient if want_gradient else None, loss_out=value,
-            partials=logits.new_empty((PARTIALS, programs), dtype=real) if summed else None,
-            arrivals=_arrival_counter(logits.device) if summed else None, want_stats=want_stats,
+            label_parameter, loss, ignore_index, label_smoothing, mixing, target_power, row_power, reduction=reduction,
+            counts=counts, state=state if want_state else None, gradient=gradient if want_gradient else None,
+            loss_out=value, partials=logits.new_empty((PARTIALS, programs), dtype=real) if summed else None,
+            arrivals=arrival_counter(logits.device) if summed else None, want_stats=want_stats,
         )  # fmt: skip
     return value, gradient, state
 
@@ -117,14 +131,19 @@ def backward(
     loss: int,
     ignore_index: int,
     label_smoothing: float,
+    mixing: int,
+    target_power: float,
+    row_power: float,
+    into: Tensor | None = None,
 ) -> Tensor:
     """`_self_distillation_backward_triton`: the gradient for any upstream gradient, which is folded in."""
-    gradient = logits.new_empty(logits.shape)
+    gradient = logits.new_empty(logits.shape) if into is None else into
     programs = max(1, triton.cdiv(logits.shape[0], tiling(logits.shape[1]).rows))
-    with _device_of(logits):
+    with device_of(logits):
         _launch(
             programs, logits, labels, alpha, source, class_weight, row_weight, alpha_value, False, label_fn,
-            label_parameter, loss, ignore_index, label_smoothing, state=state, gradient=gradient, upstream=upstream,
+            label_parameter, loss, ignore_index, label_smoothing, mixing, target_power, row_power, state=state,
+            gradient=gradient, upstream=upstream,
         )  # fmt: skip
     return gradient
 
@@ -133,11 +152,11 @@ def scale_in_place(gradient: Tensor, upstream: Tensor) -> None:
     """`_scale_in_place_triton`: multiplies a contiguous gradient by the 0-d upstream gradient, unless that is 1."""
     entries = gradient.numel()
     if entries:
-        with _device_of(gradient):
+        with device_of(gradient):
             scale_kernel[(triton.cdiv(entries, SCALE_TILE),)](gradient, upstream, entries, TILE=SCALE_TILE)
 
 
-def _count(
+def count(
     logits: Tensor, labels: Tensor, class_weight: Tensor | None, adaptive: bool, ignore_index: int
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(correct, kept, class weights' sum) per program, on the device; what is not asked for is ``None``."""
@@ -156,9 +175,9 @@ def _count(
         new(adaptive, torch.int32), new(not soft, torch.int32), new(weighted, accumulation_dtype(logits.dtype)),
     )  # fmt: skip
     count_kernel[(programs,)](
-        logits, labels, class_weight if weighted else None, *counts, *logits.stride(), *_label_strides(labels),
+        logits, labels, class_weight if weighted else None, *counts, *logits.stride(), *label_strides(labels),
         rows, classes, chunk, ignore_index, adaptive, soft, soft and classes == 1, tile.rows, tile.columns,
-        tile.one_tile, _stages(logits, labels if soft else None), _REAL[accumulation_dtype(logits.dtype)],
+        tile.one_tile, stages(logits, labels if soft else None), REAL[accumulation_dtype(logits.dtype)],
         num_warps=tile.warps,
     )  # fmt: skip
     return counts
@@ -167,7 +186,8 @@ def _count(
 def _launch(
     programs: int, logits: Tensor, labels: Tensor, alpha: Tensor | None, source: Tensor | None,
     class_weight: Tensor | None, row_weight: Tensor | None, alpha_value: float, adaptive: bool, label_fn: int,
-    label_parameter: float, loss: int, ignore_index: int, label_smoothing: float, *,
+    label_parameter: float, loss: int, ignore_index: int, label_smoothing: float, mixing: int, target_power: float,
+    row_power: float, *,
     reduction: int = REDUCTIONS["none"],
     counts: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None), upstream: Tensor | None = None,
     state: Tensor | None = None, gradient: Tensor | None = None, loss_out: Tensor | None = None,
@@ -177,27 +197,29 @@ def _launch(
     tile = tiling(classes)
     soft = labels.dim() == 2
     if alpha is None and not adaptive and alpha_value == 1:
-        label_fn, source = NO_LABEL_FUNCTION.value, None
+        label_fn, source, mixing = NO_LABEL_FUNCTION.value, None, MIXINGS["arithmetic"]
     share_exp = (
         source is None and label_fn == LABEL_FUNCTIONS["softmax"] and label_parameter == 1 and loss != LOSSES["mse"]
     )
     rows_kernel[(programs,)](
         logits, labels, alpha, source, class_weight, row_weight, *counts, upstream, state, gradient, loss_out, partials,
-        arrivals, *logits.stride(), *_label_strides(labels), *((0, 0) if source is None else source.stride()),
+        arrivals, *logits.stride(), *label_strides(labels), *((0, 0) if source is None else source.stride()),
         upstream.stride(0) if upstream is not None and upstream.dim() else 0, alpha_value, label_parameter,
-        label_smoothing, rows, classes, next((count.numel() for count in counts if count is not None), 0),
-        ignore_index, loss, label_fn, reduction, soft, adaptive, alpha is not None and alpha.dim() == 1, share_exp,
+        label_smoothing, target_power, row_power, rows, classes,
+        next((count.numel() for count in counts if count is not None), 0),
+        ignore_index, loss, label_fn, mixing == MIXINGS["geometric"], target_power != 1, row_power != 0, reduction,
+        soft, adaptive, alpha is not None and alpha.dim() == 1, share_exp,
         upstream is not None, want_stats, soft and classes == 1, tile.rows, tile.columns, tile.one_tile,
-        _stages(logits, labels if soft else None, source, class_weight), _REAL[accumulation_dtype(logits.dtype)],
+        stages(logits, labels if soft else None, source, class_weight), REAL[accumulation_dtype(logits.dtype)],
         num_warps=tile.warps,
     )  # fmt: skip
 
 
-def _label_strides(labels: Tensor) -> tuple[int, int]:
+def label_strides(labels: Tensor) -> tuple[int, int]:
     return (labels.stride(0), labels.stride(1) if labels.dim() == 2 else 0)
 
 
-def _device_of(tensor: Tensor) -> Any:
+def device_of(tensor: Tensor) -> Any:
     """Makes the tensor's device current: Triton launches on the current one."""
     if tensor.device.type == "cpu":
         return nullcontext()
@@ -207,7 +229,7 @@ def _device_of(tensor: Tensor) -> Any:
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
-def _arrival_counter(device: torch.device) -> Tensor:
+def arrival_counter(device: torch.device) -> Tensor:
     """A zero that a launch counts up and leaves zero: one a stream, whose launches never overlap.
 
     A graph being captured gets its own, zeroed inside the graph: it may be replayed on any stream.

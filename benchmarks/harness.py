@@ -1,0 +1,107 @@
+"""How every benchmark runs: each row of a group once, then all of them again, turn after turn.
+
+A machine's speed drifts; rows timed one after another would each meet another machine. A ratio of two rows is the
+median of its turns' ratios. A benchmark file ``bench_<operation>.py`` holds ``PEERS`` (a column's heading -> the prefix
+of the rows of which the fastest counts), ``TARGETS`` (group -> row -> one ratio or None a column) and one test::
+
+    @interleaved(groups, names)
+    def test_operation(benchmark, group, turn, name):
+        measure(benchmark, group, turn, name, prepare)
+
+where ``prepare(group, name)`` checks the row against the reference and returns its `Case`; the tensors it makes live on
+`DEVICE` by themselves. On a GPU one timed round is many steps and one synchronisation.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+TURNS = 7
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass
+class Case:
+    """One row of one group, ready to be timed: the floors are what the operation itself must move and compute."""
+
+    step: Callable[[], object]
+    floor_bytes: int = 0
+    floor_flops: int = 0
+    rounds: int | None = None  # for steps of seconds: this many rounds a turn, not calibrated
+    about: dict = field(default_factory=dict)  # recorded as it is
+
+
+def interleaved(groups: Iterable[str], names: Iterable[str], turns: int = TURNS):
+    """Parametrises a test over (group, turn, name): all rows of a group in one turn before any in the next."""
+    names = list(names)
+    cases = [
+        pytest.param(group, turn, name, id=f"{group} {name} #{turn}")
+        for group in groups
+        for turn in range(turns)
+        for name in names
+    ]
+    return pytest.mark.parametrize(("group", "turn", "name"), cases)
+
+
+_group: str | None = None
+_prepared: dict[str, Case] = {}
+
+
+def measure(benchmark, group: str, turn: int, name: str, prepare: Callable[[str, str], Case]) -> None:
+    """Times one row in one turn; what `prepare` made lives until the next group."""
+    global _group
+    if group != _group:
+        _group = group
+        _prepared.clear()
+        torch._dynamo.reset()
+    if name not in _prepared:
+        with DEVICE:
+            _prepared[name] = prepare(group, name)
+        if "peak_bytes" not in _prepared[name].about:  # measured by `prepare` where torch does not allocate
+            _prepared[name].about["peak_bytes"] = peak_bytes(_prepared[name].step)
+    case = _prepared[name]
+    steps = 1 if DEVICE.type == "cpu" or case.rounds else steps_worth_a_synchronisation(case.step)
+    benchmark.group = group
+    benchmark.extra_info.update(
+        name=name, turn=turn, steps=steps, floor_bytes=case.floor_bytes, floor_flops=case.floor_flops, **case.about
+    )
+    timed = case.step if DEVICE.type == "cpu" else lambda: synchronised(case.step, steps)
+    if case.rounds:
+        benchmark.pedantic(timed, rounds=case.rounds, iterations=1, warmup_rounds=0)
+    else:
+        benchmark(timed)
+
+
+def synchronised(step: Callable[[], object], steps: int) -> None:
+    """Launches so many steps and waits for all."""
+    for _ in range(steps):
+        step()
+    torch.cuda.synchronize()
+
+
+def steps_worth_a_synchronisation(step: Callable[[], object]) -> int:
+    """How many steps take about two milliseconds."""
+    synchronised(step, 3)
+    start = time.perf_counter()
+    synchronised(step, 10)
+    return max(1, round(0.002 / ((time.perf_counter() - start) / 10)))
+
+
+def peak_bytes(step: Callable[[], object]) -> int:
+    """The most that torch's allocator holds during one step beyond what it held before."""
+    if DEVICE.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(profile_memory=True) as profile:
+        step()
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak

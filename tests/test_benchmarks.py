@@ -1,0 +1,49 @@
+"""The harness of the benchmarks: how turns become rows, rows become ratios, and what a wrong command says."""
+
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import __main__ as command
+from benchmarks import tables
+from benchmarks.harness import interleaved
+
+
+def measured(name, turn, seconds, group="8x3"):
+    """What pytest-benchmark says of a row in one turn, two steps a round."""
+    about = {"name": name, "turn": turn, "steps": 2, "floor_bytes": 96, "floor_flops": 0, "peak_bytes": 0}
+    return {"group": group, "extra_info": about, "stats": {"median": 2 * seconds}}
+
+
+def test_a_ratio_is_the_median_of_the_turns_ratios():
+    """A machine that is three times slower in one turn moves both rows of it, and no ratio."""
+    slow = (1, 3, 1)
+    timed = [measured("peer", turn, 2e-6 * slow[turn]) for turn in range(3)]
+    timed += [measured("sdfast", turn, 1e-6 * slow[turn]) for turn in range(3)]
+    peer, ours = command.combine(timed)
+    assert ours["turns"] == pytest.approx([1e-6, 3e-6, 1e-6])
+    assert tables.ratios(ours, peer) == pytest.approx([0.5, 0.5, 0.5])
+    assert tables.verdict(ours, peer, 0.5) == "0.50 (0.50–0.50); target 0.5: met"
+    assert tables.verdict(ours, peer, 0.4).endswith("**missed**")
+    assert tables.fastest([peer, ours], "") is ours
+    tiny = {"turns": [each / 100 for each in ours["turns"]]}
+    assert tables.verdict(tiny, peer, 1 / 12) == "0.005 (0.005–0.005); target 0.0833: met"
+
+
+def test_rows_take_turns():
+    mark = interleaved(["a", "b"], ["x", "y"], turns=2).mark
+    assert [case.values for case in mark.args[1]] == [
+        ("a", 0, "x"), ("a", 0, "y"), ("a", 1, "x"), ("a", 1, "y"),
+        ("b", 0, "x"), ("b", 0, "y"), ("b", 1, "x"), ("b", 1, "y"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"), [(["nonsense"], "wanted some of"), (["self_distillation", "--group", "9x9"], "128x10")]
+)
+def test_a_wrong_name_is_one_line(arguments, said):
+    run = subprocess.run([sys.executable, "-m", "benchmarks", *arguments], capture_output=True, text=True, check=False)
+    assert run.returncode
+    assert said in run.stderr
+    assert "Traceback" not in run.stderr
