@@ -27,6 +27,8 @@ class Eigenspace:
         residuals: ‖Hv_i − λ_i v_i‖ / |λ|_max (k,), of these very vectors, summed in float64.
         converged: Which residuals are within the tolerance (k,).
         gap: (λ_k − λ_{k+1}) / λ_k: near 0 the space, though not its eigenvalues, is undetermined; infinite for k = n.
+        angle: The sine between this space and the true one is at most about this: ‖R‖ / (λ_k − λ_{k+1}), R the residual
+            vectors (Davis and Kahan); infinite where there is no gap.
         method: How they were found, in words.
     """
 
@@ -35,6 +37,7 @@ class Eigenspace:
     residuals: Any
     converged: Any
     gap: float
+    angle: float
     method: str
 
     def __len__(self) -> int:
@@ -142,8 +145,11 @@ def _finish(operand: Operand, found: _Found) -> Eigenspace:
     vectors, image = found.vectors @ rotation, image @ rotation
     scale = max(found.scale, values.abs().max().item())
     residuals = (image - vectors * values).norm(dim=0) / (scale or 1.0)
-    gap = _gap(values[-1].item(), found.following, scale)
-    return Eigenspace(values, vectors, residuals, None, gap, found.method)
+    last = values[-1].item()
+    gap = _gap(last, found.following, scale)
+    distance, size = gap * abs(last), residuals.norm().item() * scale
+    angle = 0.0 if gap == math.inf else size / distance if distance > 0 else math.inf
+    return Eigenspace(values, vectors, residuals, None, gap, angle, found.method)
 
 
 def _gap(last: float, following: float | None, scale: float) -> float:

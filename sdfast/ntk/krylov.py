@@ -2,8 +2,8 @@
 
 Golub, Underwood 1977 (block Lanczos), Wu, Simon 2000 (thick restart), Stathopoulos, Wu 2002 (blocks made
 orthonormal through their Gram matrix: CholeskyQR2 with an eigendecomposition in Cholesky's place, which reveals the
-rank). The basis and all small matrices are float64, whatever the products are computed in. A converged pair stays in the basis
-and is not multiplied again: it is locked.
+rank). The basis and all small matrices are float64, whatever the products are computed in. A converged pair stays in
+the basis and is not multiplied again: it is locked.
 """
 
 from collections.abc import Callable
