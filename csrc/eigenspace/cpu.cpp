@@ -42,20 +42,25 @@ SDFAST_INLINE void off_diagonal(const Pass<S, A>& pass, const A* x, A* y, int64_
     }
   }
   const S* h = pass.matrix + i * pass.stride;
-  for (int64_t j = from; j < to; ++j) {
-    Lanes<A> column_x[V], column_y[V];
-    for (int v = 0; v < V; ++v) {
-      column_x[v] = vec::load(x + (j * V + v) * L);
-      column_y[v] = vec::load(y + (j * V + v) * L);
-    }
-    for (int r = 0; r < R; ++r) {
-      const A entry = static_cast<A>(h[r * pass.stride + j]);
+  constexpr int64_t kLine = 64 / sizeof(S);
+  for (int64_t line = from; line < to; line += kLine) {
+    // The next rows: their stretches are too short for the processor to see them coming.
+    for (int r = 0; r < R; ++r) __builtin_prefetch(h + (R + r) * pass.stride + line);
+    for (int64_t j = line; j < std::min(to, line + kLine); ++j) {
+      Lanes<A> column_x[V], column_y[V];
       for (int v = 0; v < V; ++v) {
-        row_y[r][v] += entry * column_x[v];
-        column_y[v] += entry * row_x[r][v];
+        column_x[v] = vec::load(x + (j * V + v) * L);
+        column_y[v] = vec::load(y + (j * V + v) * L);
       }
+      for (int r = 0; r < R; ++r) {
+        const A entry = static_cast<A>(h[r * pass.stride + j]);
+        for (int v = 0; v < V; ++v) {
+          row_y[r][v] += entry * column_x[v];
+          column_y[v] += entry * row_x[r][v];
+        }
+      }
+      for (int v = 0; v < V; ++v) vec::store(y + (j * V + v) * L, column_y[v]);
     }
-    for (int v = 0; v < V; ++v) vec::store(y + (j * V + v) * L, column_y[v]);
   }
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < V; ++v) {
