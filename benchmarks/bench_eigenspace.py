@@ -1,9 +1,9 @@
 """The k top eigenpairs of a float32 Gram matrix at the same true residual, n = 2,000 and 8,000, k = 5 and 100.
 
-Spectra: that of the NTK of an MLP on digits (log-log interpolated to n), 1/i, 1/i², and k separate eigenvalues over a flat
-tail. Every solver gets the loosest of its own settings with which its largest ‖Hv − λv‖ / λ₁, summed in float64, is at
-most 1e-5; a row that never gets there says so, and its residual is recorded. Checking the matrix, and the final residuals,
-are part of our time and of nobody else's.
+Spectra: that of the NTK of an MLP on digits (log-log interpolated to n), 1/i, 1/i², and k separate eigenvalues over a
+flat tail. Every solver gets the loosest of its own settings with which its largest ‖Hv − λv‖ / λ₁, in float64 sums, is
+at most 1e-5; a row that never gets there says so, and its residual is recorded. Checking the matrix, and the final
+residuals, are part of our time and of nobody else's.
 """
 
 import functools
