@@ -65,7 +65,7 @@ def operator(
         try:
             made = NTKOperator(_Gradients(source, _check_memory(memory)))
         except PathChangedError as error:
-            loop_everything(source.findings, parameters, error)
+            loop_everything(source.findings, parameters, str(error))
             made = NTKOperator(_Gradients(source, _check_memory(memory)))
         say(source.findings)
     return made

@@ -171,3 +171,23 @@ def test_errors(name):
 
 def test_the_choice_between_dense_and_free():
     assert operands.as_operand(operator(*made("linear"), outputs="sum")).dense_is_cheaper(5)
+
+
+class Branching(nn.Module):
+    """Takes another way where a batch holds a large number: only sample by sample is it a function of the sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 1), nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.right(x).tanh().sum(1, keepdim=True) if (x > 50).any() else self.left(x)
+
+
+def test_a_model_that_takes_another_path():
+    model, x = Branching().double(), torch.randn(70, 4, dtype=torch.float64)
+    x[60] = 100.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kernel, free = gram(model, x, batch_size=1), operator(model, x, batch_size=1)
+    torch.testing.assert_close(free @ torch.eye(70, dtype=torch.float64), kernel, rtol=1e-10, atol=1e-10)
