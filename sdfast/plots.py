@@ -11,6 +11,7 @@ from sdfast import _files
 
 if TYPE_CHECKING:
     from sdfast.train.history import History
+    from sdfast.train.information_probe import ProbeRecord
 
 # Okabe and Ito's colours, told apart by every kind of eye.
 VERMILLION, BLUE, GREEN, ORANGE, GREY = "#D55E00", "#0072B2", "#009E73", "#E69F00", "#5F6368"
@@ -123,6 +124,35 @@ def training_curves(history: "History", subtitle: str = "", eval_name: str = "ev
     finite = [value for value in weight if math.isfinite(value)]
     targets.set_ylim(min([-0.03, *finite]), max([1.2, *finite]))  # room for the legend, and for an α outside [0, 1]
     targets.legend(frameon=False, fontsize=9, loc="upper right")
+    return figure
+
+
+def information_curves(records: "Sequence[ProbeRecord]") -> Any:
+    """The information ratios of a run and the gain, look by look.
+
+    Args:
+        records: Of an `InformationProbe`.
+
+    Returns:
+        A matplotlib figure.
+    """
+    figure = _new_figure(10.5, 4.0)
+    figure.subplots_adjust(left=0.06, right=0.985, top=0.88, bottom=0.13, wspace=0.18)
+    ratios, gains = figure.subplots(1, 2)
+    calls = [record.call for record in records]
+    marker = "o" if len(records) == 1 else None
+    _style(ratios, "Information ratio of the labels")
+    curves = {"given": ("as given", ORANGE), "refined": ("refined", VERMILLION), "clean": ("true", GREEN)}
+    for column, (name, color) in curves.items():
+        values = [getattr(record, column) for record in records]
+        if None not in values:
+            ratios.plot(calls, values, color=color, label=name, marker=marker)
+    ratios.legend(frameon=False, fontsize=9)
+    _style(gains, "Information gain: refined less given")
+    gains.axhline(0, color=GREY, linewidth=1)
+    gains.plot(calls, [record.gain for record in records], color=BLUE, marker=marker)
+    for axes in (ratios, gains):
+        axes.set_xlabel("call of the probe", fontsize=10, color=GREY)
     return figure
 
 

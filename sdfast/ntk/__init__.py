@@ -19,9 +19,41 @@ How the parts meet, from the model to the matrix; each layer knows only the one 
   ``rows`` (outputs, n, width) and ``factors[name]`` = A (n, T, d), B (outputs, n, T, p).
 - ``block.tile(other, rows, columns, form, precision)``: what the group adds to one tile of H, in float64 (`products`).
 - `result.Result`: H itself, its tiles and their mirror image. `gram.gram` is the loop over groups and tiles.
+
+And from the matrix on: `operator` multiplies by it without forming it, from the same blocks; `eigenspace` finds its top
+pairs (`operands`: what it multiplies by; `krylov`; `symmetric_product`: one triangle, read once); `information` is what
+labels hold in them.
 """
 
+from sdfast.ntk.eigenspace import Eigenspace, eigenspace
 from sdfast.ntk.gram import gram
+from sdfast.ntk.information import (
+    AlphaWindow,
+    NoiseSweep,
+    alpha_window,
+    error_components,
+    information_gain,
+    information_ratio,
+    noise_sweep,
+    predicted_decay,
+)
+from sdfast.ntk.operator import JacobianOperator, NTKOperator, operator
 from sdfast.ntk.sample_gradients import sample_gradients
 
-__all__ = ["gram", "sample_gradients"]
+__all__ = [
+    "AlphaWindow",
+    "Eigenspace",
+    "JacobianOperator",
+    "NTKOperator",
+    "NoiseSweep",
+    "alpha_window",
+    "eigenspace",
+    "error_components",
+    "gram",
+    "information_gain",
+    "information_ratio",
+    "noise_sweep",
+    "operator",
+    "predicted_decay",
+    "sample_gradients",
+]

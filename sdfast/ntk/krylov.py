@@ -1,0 +1,269 @@
+"""The top eigenpairs of a symmetric operator from a block Krylov space with full re-orthogonalisation.
+
+Golub, Underwood 1977 (block Lanczos), Wu, Simon 2000 (thick restart), Stathopoulos, Wu 2002 (blocks made
+orthonormal through their Gram matrix: CholeskyQR2 with an eigendecomposition in Cholesky's place, which reveals the
+rank). The basis and all small matrices are float64, whatever the products are computed in. A converged pair stays in
+the basis and is not multiplied again: it is locked.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FRESH = 8  # random columns of a look for eigenvectors that the block has missed
+DEPTH = 3  # products that each random column takes part in before it counts as having seen the top
+_NEXT = 30.0  # the pair after the wanted ones is for the gap alone: this many times the tolerance will do
+
+
+@dataclass
+class Settings:
+    """What a run is asked for.
+
+    Attributes:
+        wanted: Pairs.
+        tolerance: On ‖Hv − λv‖ over the largest |λ|.
+        block: Columns of the starting block.
+        basis: Columns kept before a restart.
+        products: Block products allowed.
+        trusted: The starting columns are known to miss no eigenvector: nothing else is looked for.
+    """
+
+    wanted: int
+    tolerance: float
+    block: int
+    basis: int
+    products: int
+    trusted: bool = False
+
+
+@dataclass
+class Outcome:
+    """Pairs found.
+
+    Attributes:
+        values: Descending, one more than wanted unless there are no more.
+        scale: The largest |λ|.
+        vectors: (n, wanted) float64, orthonormal.
+        products: Block products made.
+        columns: Vectors multiplied.
+        finished: Whether the iteration's own estimates meet the tolerance.
+    """
+
+    values: np.ndarray
+    scale: float
+    vectors: Tensor
+    products: int
+    columns: int
+    finished: bool
+
+
+def block_size(wanted: int, points: int, device: torch.device) -> int:
+    """Columns of a block: as many as one reading of H serves at no more cost, and no more than leave a margin of 3.
+
+    Narrow blocks need fewer columns in all; what a block narrower than `wanted` may miss is looked for at the end.
+    """
+    widest = 32 if device.type == "cuda" else 16
+    return min(points, widest, -(-(wanted + 3) // 8) * 8)
+
+
+def basis_size(wanted: int, points: int) -> int:
+    """Columns of the basis before a restart."""
+    return min(points, max(160, 4 * wanted))
+
+
+def top_pairs(
+    product: Callable[[Tensor], Tensor],
+    start: Tensor | None,
+    empty: Tensor,
+    generator: torch.Generator,
+    asked: Settings,
+) -> Outcome:
+    """The pairs with the largest eigenvalues.
+
+    Args:
+        product: (n, b) float64 to H times it, float64.
+        start: (n, any) columns to begin with, beside random ones.
+        empty: (n, 0) float64, on the device to work on.
+        generator: Of the random columns.
+        asked: What is asked for.
+
+    Returns:
+        The pairs, converged or not.
+    """
+    return _Run(product, empty, generator, asked).solve(start)
+
+
+class _Run:
+    def __init__(self, product, empty: Tensor, generator: torch.Generator, asked: Settings) -> None:
+        self.product = product
+        self.empty = empty
+        self.generator = generator
+        self.asked = asked
+        self.points = len(empty)
+        self.basis = empty.new_empty(
+            (min(self.points, asked.basis + asked.block + FRESH), self.points)
+        ).mT  # columns together
+        self.projected = np.zeros((self.basis.shape[1],) * 2)  # Qᵀ H Q
+        self.size = 0
+        self.values = np.zeros(0)
+        self.rotation = np.zeros((0, 0))
+
+    @property
+    def known(self) -> Tensor:
+        """The basis so far (n, size)."""
+        return self.basis[:, : self.size]
+
+    def solve(self, start: Tensor | None) -> Outcome:
+        asked, columns, checked = self.asked, 0, 0
+        fresh = asked.block if start is None else max(asked.block - start.shape[1], 0 if asked.trusted else 3)
+        block = self.orthonormal(self.random(fresh) if start is None else torch.cat([start, self.random(fresh)], 1))
+        # A block of more random columns than are wanted has a share in every copy of a repeated eigenvalue.
+        seen = asked.trusted or (start is None and fresh > asked.wanted)
+        waiting, before = (0 if start is None or asked.trusted else DEPTH), None
+        for count in range(1, asked.products + 1):
+            remainder = self.extend(block)
+            columns, waiting = columns + block.shape[1], waiting - 1
+            squares = _to_host(remainder.mT @ remainder)
+            whole, last = self.size == self.points, count == asked.products
+            full = self.room < block.shape[1] + FRESH and self.basis.shape[1] < self.points
+            finished = False
+            if whole or last or full or self.size >= checked + max(1, self.size // 8):
+                checked = self.size
+                estimates = self.rayleigh_ritz(squares, self.size - block.shape[1])
+                if count == 1 and start is not None:
+                    before = self.values[: asked.wanted].copy()
+                finished = whole or (waiting <= 0 and self.meets(estimates))
+            looking = finished and not (whole or seen or self.unchanged(before))
+            if last or (finished and not looking):
+                return self.outcome(count, columns, finished and not looking)
+            if looking:
+                before, waiting = self.values[: asked.wanted].copy(), DEPTH
+            if full:
+                checked = 0
+            block = self.next_block(remainder, squares, looking, full)
+        raise ValueError(f"max_iterations: got {asked.products}, wanted at least 1")
+
+    @property
+    def room(self) -> int:
+        """Columns that the basis can still take."""
+        return self.basis.shape[1] - self.size
+
+    def extend(self, block: Tensor) -> Tensor:
+        """Takes a block into the basis; what H makes of it outside the basis is returned."""
+        first, last = self.size, self.size + block.shape[1]
+        self.basis[:, first:last] = block
+        self.size = last
+        image = self.product(block)
+        inside = self.known.mT @ image
+        coefficients = _to_host(inside)
+        check_projection(coefficients[first:], self.scale)
+        self.projected[:last, first:last] = coefficients
+        self.projected[first:last, :last] = coefficients.T
+        return image.sub_(self.known @ inside)
+
+    def rayleigh_ritz(self, squares: np.ndarray, open_from: int) -> np.ndarray:
+        """Ritz pairs of the basis, and the residual norms of those wanted and the next."""
+        small = self.projected[: self.size, : self.size]
+        values, vectors = _eigh(small)
+        self.values, self.rotation = values[::-1].copy(), vectors[:, ::-1].copy()
+        ends = self.rotation[open_from:, : self.asked.wanted + 1]
+        return np.sqrt(np.maximum(np.einsum("ic,ij,jc->c", ends, squares, ends), 0))
+
+    @property
+    def scale(self) -> float:
+        """The largest |λ| seen."""
+        return float(np.abs(self.values).max(initial=0.0))
+
+    def meets(self, estimates: np.ndarray) -> bool:
+        if len(estimates) < min(self.asked.wanted + 1, self.points):
+            return False
+        allowed = np.full(len(estimates), self.asked.tolerance)
+        allowed[self.asked.wanted :] *= _NEXT
+        return bool((estimates <= 0.9 * allowed * self.scale).all())  # next_block drops 0.1 of it
+
+    def unchanged(self, before: np.ndarray | None) -> bool:
+        """Whether fresh random columns have brought up no eigenvalue that was missed."""
+        if before is None:
+            return False
+        change = np.abs(self.values[: self.asked.wanted] - before).max()
+        return bool(change <= 10 * self.asked.tolerance * self.scale)
+
+    def next_block(self, remainder: Tensor, squares: np.ndarray, looking: bool, full: bool) -> Tensor:
+        """The remainder's directions that matter, and random columns where asked for or nothing else is left."""
+        spectrum, directions = _eigh(squares)
+        floor = max((0.1 * self.asked.tolerance * self.scale) ** 2, 1e-15 * len(spectrum) * spectrum.max(initial=0.0))
+        kept = spectrum > floor
+        block = remainder @ self.from_host(directions[:, kept] / np.sqrt(spectrum[kept]))
+        if full:
+            self.restart()
+        if looking or not kept.any():
+            block = torch.cat([block, self.random(FRESH)], 1)
+        return self.orthonormal(block[:, : self.room])
+
+    def restart(self) -> None:
+        """Keeps the best Ritz vectors: the remainder of the last block is orthogonal to all and couples them by H."""
+        keep = min(self.asked.wanted + 1 + (self.asked.basis - self.asked.wanted) // 3, self.size)
+        self.basis[:, :keep] = self.known @ self.from_host(self.rotation[:, :keep])
+        self.size = keep
+        self.projected[:] = 0
+        np.fill_diagonal(self.projected[:keep, :keep], self.values[:keep])
+
+    def orthonormal(self, block: Tensor) -> Tensor:
+        """Columns orthonormal among themselves and to the basis; what is dependent is dropped."""
+        for _ in range(5):
+            block = block - self.known @ (self.known.mT @ block)
+            squares = _to_host(block.mT @ block)
+            size = np.sqrt(np.diag(squares))
+            size[size == 0] = 1
+            spectrum, directions = _eigh(squares / np.outer(size, size))
+            kept = spectrum > 1e-13 * len(spectrum)
+            block = block @ self.from_host((directions / size[:, None])[:, kept] / np.sqrt(spectrum[kept]))
+            if kept.all() and spectrum.max(initial=1) <= 100 * spectrum.min(initial=1):
+                break
+        return block
+
+    def random(self, columns: int) -> Tensor:
+        shape = (self.points, min(columns, self.points - self.size))
+        device = self.empty.device
+        drawn = torch.randn(shape, generator=self.generator, dtype=torch.float64, device=device)
+        return drawn / self.points**0.5
+
+    def from_host(self, matrix: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(matrix)).to(self.empty.device)
+
+    def outcome(self, products: int, columns: int, finished: bool) -> Outcome:
+        wanted = self.asked.wanted
+        vectors = self.known @ self.from_host(self.rotation[:, :wanted])
+        return Outcome(self.values[: wanted + 1], self.scale, vectors, products, columns, finished)
+
+
+def check_projection(square: np.ndarray, scale: float) -> None:
+    """Refuses what Qᵀ H Q of one block Q shows not to be finite or symmetric.
+
+    Args:
+        square: Qᵀ H Q.
+        scale: The largest |λ| seen so far.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not np.isfinite(square).all():
+        raise ValueError("gram: a product with it holds NaN or infinity, wanted finite numbers")
+    asymmetry, scale = np.abs(square - square.T).max(initial=0.0), max(scale, np.abs(square).max(initial=0.0))
+    if asymmetry > 1e-3 * scale:
+        raise ValueError(
+            f"gram: is not symmetric: uᵀHv and vᵀHu differ by {asymmetry:.3g}, where H is of size {scale:.3g}"
+        )
+
+
+def _eigh(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of the symmetric part. torch's, not NumPy's: their threads would wait for each other's cores."""
+    values, vectors = torch.linalg.eigh(torch.from_numpy((matrix + matrix.T) / 2))
+    return values.numpy(), vectors.numpy()
+
+
+def _to_host(matrix: Tensor) -> np.ndarray:
+    return matrix.cpu().numpy()

@@ -1,0 +1,187 @@
+"""The information ratio of the labels, watched while a network trains."""
+
+import math
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sdfast import _checks
+from sdfast.ntk.eigenspace import Eigenspace, eigenspace
+from sdfast.ntk.gram import gram
+from sdfast.ntk.information import information_ratio
+
+__all__ = ["InformationProbe", "ProbeRecord"]
+
+
+class ProbeRecord(NamedTuple):
+    """One look at the kernel.
+
+    Attributes:
+        call: Which call of the probe it was, from 1.
+        given: Information ratio of the labels as given.
+        refined: Of α y + (1 − α) h(f), h the network's own beliefs.
+        gain: refined − given.
+        clean: Of the true labels; ``None`` where they are not known.
+        gap: Between the k-th eigenvalue and the next; below 0.01 the ratios are unstable.
+    """
+
+    call: int
+    given: float
+    refined: float
+    gain: float
+    clean: float | None
+    gap: float
+
+
+class InformationProbe:
+    """Every so many calls: the network's tangent kernel on a fixed batch, and what the labels hold in its top k.
+
+    A callback of `SelfDistiller.fit`, called after each epoch; in a loop of your own call ``probe(model)`` after
+    each step. Dong et al. 2019, figure 5. The model is looked at in evaluation mode, and left as it is.
+
+    Args:
+        inputs: The batch (n, ...), always the same.
+        labels: As given: class indices (n,), or targets (n,) or (n, C) in floats.
+        every: Calls from one look to the next; the first call is one.
+        k: Pairs of the eigenspace.
+        alpha: Weight of the given labels in the refined ones.
+        clean_labels: The true labels, of the same form.
+        outputs: Of `sdfast.ntk.gram`; ``None`` takes ``"sum"`` of a model with one output and ``"trace"`` otherwise.
+        center: Take the mean of each column off first; see `sdfast.ntk.information_ratio`.
+        batch_norm: ``"eval"``, with running statistics; or ``"train"``: the batch's own, at the price of n backward
+            passes a look.
+
+    Raises:
+        TypeError: The inputs or labels are no tensors.
+        ValueError: An option is impossible, or the labels do not fit the inputs.
+    """
+
+    def __init__(
+        self,
+        inputs: Tensor,
+        labels: Tensor,
+        *,
+        every: int = 1,
+        k: int = 5,
+        alpha: float = 0.5,
+        clean_labels: Tensor | None = None,
+        outputs: Any = None,
+        center: bool = False,
+        batch_norm: str = "eval",
+    ) -> None:
+        _checks.check_tensor("inputs", inputs)
+        for name, value in (("labels", labels), ("clean_labels", clean_labels)):
+            if value is None:
+                continue
+            _checks.check_tensor(name, value)
+            if value.dim() not in (1, 2) or len(value) != len(inputs):
+                shape = _checks.shape_text(value)
+                raise ValueError(f"{name}: got shape {shape}, wanted a row for each of the {len(inputs)} inputs")
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every: got {every!r}, wanted an integer of at least 1")
+        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(inputs):
+            raise ValueError(f"k: got {k!r}, wanted 1 to {len(inputs)}, the probe's samples")
+        if not _checks.is_number(alpha) or not 0 <= alpha <= 1:
+            raise ValueError(f"alpha: got {alpha!r}, wanted a number within [0, 1]")
+        _checks.check_option("batch_norm", batch_norm, ("eval", "train"))
+        self.inputs, self.labels, self.clean_labels = inputs, labels, clean_labels
+        self.every, self.k, self.alpha, self.outputs, self.center = every, k, float(alpha), outputs, center
+        self.batch_norm = batch_norm
+        self.calls = 0
+        self.records: list[ProbeRecord] = []
+        self.space: Eigenspace | None = None
+
+    def __call__(self, trained: Any, history: object = None) -> None:
+        """Looks, where it is time to.
+
+        Args:
+            trained: The model, or a `SelfDistiller`.
+            history: Of the training; not used.
+        """
+        self.calls += 1
+        if (self.calls - 1) % self.every == 0:
+            self.look(trained if isinstance(trained, nn.Module) else trained.model)
+
+    def look(self, model: nn.Module) -> ProbeRecord:
+        """Looks now.
+
+        Args:
+            model: As it is at this moment.
+
+        Returns:
+            The record, which `records` holds too.
+
+        Raises:
+            ValueError: Its outputs do not go with the labels.
+        """
+        first = next(model.parameters())
+        inputs = self.inputs.to(first.device)
+        modes = [(module, module.training) for module in model.modules()]
+        try:
+            model.eval()
+            if self.batch_norm == "train":
+                for module in model.modules():
+                    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                        module.train()
+            with torch.no_grad():
+                buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+                outputs = model(inputs)
+                for name, buffer in model.named_buffers():
+                    buffer.copy_(buffers[name])
+            outputs = outputs.reshape(len(inputs), -1)
+            form = ("sum" if outputs.shape[1] == 1 else "trace") if self.outputs is None else self.outputs
+            kernel = gram(model, inputs, outputs=form)
+        finally:
+            for module, training in modes:
+                module.training = training
+        space = eigenspace(kernel, self.k, start=self.space)
+        self.space = space
+        record = self._record(space, outputs.double())
+        self.records.append(record)
+        return record
+
+    def _record(self, space: Eigenspace, outputs: Tensor) -> ProbeRecord:
+        given, beliefs = self._targets(self.labels, outputs), outputs
+        if not self.labels.is_floating_point():
+            beliefs = F.one_hot(outputs.argmax(1), outputs.shape[1]).double()
+        refined = self.alpha * given + (1 - self.alpha) * beliefs
+        clean = None if self.clean_labels is None else self._ratio(space, self._targets(self.clean_labels, outputs))
+        before, after = self._ratio(space, given), self._ratio(space, refined)
+        return ProbeRecord(self.calls, before, after, after - before, clean, space.gap)
+
+    def _targets(self, labels: Tensor, outputs: Tensor) -> Tensor:
+        classes = outputs.shape[1]
+        if not labels.is_floating_point():
+            if classes == 1 or not bool(((labels >= 0) & (labels < classes)).all()):
+                raise ValueError(
+                    f"labels: got class indices, wanted 0 <= label < {classes}, the outputs of the model, or floats"
+                )
+            return F.one_hot(labels.to(outputs.device, torch.int64), classes).double()
+        targets = labels.to(outputs.device, torch.float64).reshape(len(labels), -1)
+        if targets.shape != outputs.shape:
+            raise ValueError(
+                f"labels: got shape {_checks.shape_text(labels)}, wanted {_checks.shape_text(outputs)} as the outputs"
+            )
+        return targets
+
+    def _ratio(self, space: Eigenspace, targets: Tensor) -> float:
+        quiet = replace(space, gap=math.inf, angle=0.0)  # the gap is recorded, not warned of at every look
+        return information_ratio(quiet, targets, center=self.center, joint=True).item()
+
+    def plot(self, path: Any) -> None:
+        """Draws the ratios and the gain over the looks as a PNG; needs matplotlib.
+
+        Args:
+            path: Of the PNG.
+
+        Raises:
+            ValueError: There is no record yet.
+        """
+        from sdfast import plots
+
+        if not self.records:
+            raise ValueError("probe: has not looked yet, so there is nothing to plot")
+        plots.save(plots.information_curves(self.records), path)
