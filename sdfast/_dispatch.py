@@ -69,8 +69,16 @@ def _warn_of_reference(device_type: str) -> None:
     _warnings.warn_caller(f"sdfast runs its slow plain PyTorch reference on {device_type} ({reasons})")
 
 
-def choose(backend: str | None, device_type: str) -> str:
+def choose(backend: str | None, device_type: str, unserved: tuple[str, ...] = ()) -> str:
     """The backend to run: `backend` if it can serve the call, or the best one where it is ``None``.
+
+    Args:
+        backend: What the caller asked for.
+        device_type: Of the tensors.
+        unserved: Backends for which the operation has no kernel.
+
+    Returns:
+        The backend's name.
 
     Raises:
         ValueError: `backend` is no backend's name.
@@ -80,12 +88,14 @@ def choose(backend: str | None, device_type: str) -> str:
         if torch._C._are_functorch_transforms_active():
             return "reference"
         chosen = _AUTOMATIC.get(device_type, "reference")
+        if chosen in unserved:
+            chosen = "reference" if why_not("triton", device_type) else "triton"
         if chosen == "reference" and not torch.compiler.is_compiling():
             _warn_of_reference(device_type)
         return chosen
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, wanted None or one of {', '.join(BACKENDS)}")
-    reason = why_not(backend, device_type)
+    reason = "this operation has no such kernel" if backend in unserved else why_not(backend, device_type)
     if reason is None and backend != "reference" and functorch_is_active():
         reason = "it has no rule for torch.func transforms; leave backend=None to take the reference"
     if reason is not None:
