@@ -1,0 +1,27 @@
+"""The empirical neural tangent kernel of a PyTorch model, exact: H_ij = ⟨∂f(x_i)/∂θ, ∂f(x_j)/∂θ⟩.
+
+How the parts meet, from the model to the matrix; each layer knows only the one above it:
+
+- `inputs.Inputs`: the samples, in micro-batches. `outputs.Outputs`: which scalars of the model, as columns.
+- `capture.Capture`: a forward pass with taps; `gradients` gives one backward pass's gradients per sample, by
+  parameter, and the factors A, B of parameters that are to be contracted. `layers`: one rule per family of operations.
+- `probe.probe` → `Findings`: where the samples lie in every tapped tensor, which parameters must be looped, which can
+  be contracted (`factors`: T, d, p).
+- `source.Source(model, inputs, outputs, parameters, batch_size)`: **where gradients come from.**
+  ``source.chunks(wanted, factored)`` makes one pass over the samples and yields `Chunk(start, stop, output, rows,
+  factors)`: ``rows[name]`` (samples of the chunk, numel) and ``factors[name]`` = A (samples, T, d) or tokens
+  (samples, T), B (samples, T, p), for one output at a time. Of any subset of
+  parameters: no other is differentiated.
+- `plan.make_plan` → `Plan`: materialise, contract, loop or zero, for each parameter.
+- `blocks.groups_of(plan, samples, classes, itemsize, memory)` → each a `Group` of `Piece(parameter, start, stop)`
+  columns and contracted parameters that fit in memory; ``blocks.collect(source, group)`` makes the pass and gives a
+  `Block`:
+  ``rows`` (outputs, n, width) and ``factors[name]`` = A (n, T, d), B (outputs, n, T, p).
+- ``block.tile(other, rows, columns, form, precision)``: what the group adds to one tile of H, in float64 (`products`).
+- `result.Result`: H itself, its tiles and their mirror image. `gram.gram` is the loop over groups and tiles.
+"""
+
+from sdfast.ntk.gram import gram
+from sdfast.ntk.sample_gradients import sample_gradients
+
+__all__ = ["gram", "sample_gradients"]

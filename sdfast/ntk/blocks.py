@@ -1,0 +1,173 @@
+"""Parameters in groups whose gradients fit in memory, and the gradients of all samples for one group at a time."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sdfast.ntk.plan import Plan
+from sdfast.ntk.products import tile_of_factors, tile_of_rows
+from sdfast.ntk.sample_rows import PathChangedError
+from sdfast.ntk.source import Source
+
+
+class Piece(NamedTuple):
+    """Columns `start` to `stop` of a parameter's gradient, flattened."""
+
+    parameter: str
+    start: int
+    stop: int
+
+
+class Group(NamedTuple):
+    """What one pass over the samples collects: pieces of gradients, and factors of contracted parameters."""
+
+    pieces: tuple[Piece, ...]
+    factored: tuple[str, ...]
+
+    @property
+    def width(self) -> int:
+        """Columns of all pieces."""
+        return sum(piece.stop - piece.start for piece in self.pieces)
+
+
+def groups_of(plan: Plan, samples: int, classes: int, itemsize: int, memory: int) -> list[Group]:
+    """Parameters in order, packed into groups.
+
+    Args:
+        plan: Method and sizes of each parameter.
+        samples: Of both sides together.
+        classes: Outputs.
+        itemsize: Bytes of a number.
+        memory: Bytes that the gradients of a group may take.
+
+    Returns:
+        The groups. A gradient that is too wide is cut into pieces.
+
+    Raises:
+        MemoryError: Not even one column fits.
+    """
+    column = samples * classes * itemsize
+    if column > memory:
+        raise MemoryError(
+            f"memory: got {memory} bytes, but one column of the gradients of {samples} samples and {classes} outputs "
+            f"takes {column}"
+        )
+    groups: list[Group] = []
+    pieces: list[Piece] = []
+    factored: list[str] = []
+    left = memory
+
+    def close() -> None:
+        nonlocal left
+        if pieces or factored:
+            groups.append(Group(tuple(pieces), tuple(factored)))
+        pieces.clear()
+        factored.clear()
+        left = memory
+
+    for entry in plan.entries:
+        if entry.method == "zero":
+            continue
+        if entry.method == "contract":
+            size = entry.factor_bytes(samples, classes, itemsize)
+            if size > left:
+                close()
+            factored.append(entry.name)
+            left -= size
+            continue
+        start = 0
+        while start < entry.numel:
+            width = min(entry.numel - start, left // column)
+            if width == 0 or (width < entry.numel - start and entry.numel * column <= memory):
+                close()
+                continue
+            pieces.append(Piece(entry.name, start, start + width))
+            left -= width * column
+            start += width
+    close()
+    return groups
+
+
+class Block:
+    """Gradients of all samples of a source for one group.
+
+    Attributes:
+        rows: (outputs, samples, width).
+        factors: By contracted parameter A (samples, T, d) or tokens (samples, T), and B (outputs, samples, T, p).
+    """
+
+    def __init__(self, rows: Tensor, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
+        self.rows, self.factors = rows, factors
+
+    def tile(self, other: "Block", rows: slice, columns: slice, form: str, precision: str) -> Tensor:
+        """What this group adds to a tile of the Gram matrix, in float64; see `products.tile_of_rows`."""
+        parts = []
+        if self.rows.shape[-1]:
+            parts.append(tile_of_rows(self.rows[:, rows], other.rows[:, columns], form, precision))
+        for name, (a, b) in self.factors.items():
+            other_a, other_b = other.factors[name]
+            parts.append(
+                tile_of_factors((a[rows], b[:, rows]), (other_a[columns], other_b[:, columns]), form, precision)
+            )
+        total = parts[0]
+        for part in parts[1:]:
+            total += part
+        return total
+
+    def not_finite(self, group: Group) -> list[str]:
+        """The parameters of the group whose gradients hold NaN or infinity."""
+        names = [name for name, (a, b) in self.factors.items() if not (_finite(a) and _finite(b))]
+        offset = 0
+        for name, start, stop in group.pieces:
+            if not _finite(self.rows[..., offset : offset + stop - start]):
+                names.append(name)
+            offset += stop - start
+        return list(dict.fromkeys(names))
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+
+
+def collect(source: Source, group: Group) -> Iterator[Block | int]:
+    """One pass over the samples of a source.
+
+    Args:
+        source: Where the gradients come from.
+        group: Which.
+
+    Yields:
+        The number of samples done after each micro-batch and output, at last the block.
+
+    Raises:
+        PathChangedError: A layer has another number of positions than on the probe.
+    """
+    first = next(iter(source.parameters.values()))
+    rows = torch.empty(source.classes, source.samples, group.width, dtype=first.dtype, device=first.device)
+    factors = {name: _empty_factors(source, name, first) for name in group.factored}
+    wanted = list(dict.fromkeys(piece.parameter for piece in group.pieces))
+    for chunk in source.chunks(wanted, group.factored):
+        part = slice(chunk.start, chunk.stop)
+        offset = 0
+        for name, start, stop in group.pieces:
+            rows[chunk.output, part, offset : offset + stop - start] = chunk.rows[name][:, start:stop]
+            offset += stop - start
+        for name, (a, b) in chunk.factors.items():
+            if a.shape[1:] != factors[name][0].shape[1:]:
+                raise PathChangedError(f"{name} came with {a.shape[1]} positions")
+            factors[name][0][part] = a
+            factors[name][1][chunk.output, part] = b
+        yield chunk.stop
+    yield Block(rows, factors)
+
+
+def _empty_factors(source: Source, name: str, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Zeros: an output that does not depend on the parameter delivers none."""
+    positions, inputs, width = source.findings.factors[name]
+    if inputs:
+        a = like.new_zeros(source.samples, positions, inputs)
+    else:
+        a = like.new_full((source.samples, positions), -1, dtype=torch.int64)
+    return a, like.new_zeros(source.classes, source.samples, positions, width)

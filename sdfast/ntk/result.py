@@ -1,0 +1,133 @@
+"""The matrix that is filled: its shape for every form, its tiles, its mirror image, its place in memory."""
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdfast import _checks
+from sdfast.ntk.outputs import Outputs
+
+
+class Result:
+    """H, filled tile by tile.
+
+    Args:
+        outputs: Form and number of outputs.
+        rows: Samples of the rows.
+        columns: Samples of the columns.
+        precision: Of the products, which decides the dtype.
+        device: Of the model.
+        symmetric: Only tiles of the lower triangle are filled, and mirrored at the end.
+        out: The user's tensor or array, or ``None``.
+
+    Raises:
+        TypeError: `out` has another type or dtype than the result.
+        ValueError: It has another shape or cannot be written.
+        MemoryError: There is no room for the result.
+    """
+
+    def __init__(
+        self,
+        outputs: Outputs,
+        rows: int,
+        columns: int,
+        precision: str,
+        device: torch.device,
+        symmetric: bool,
+        out: Tensor | np.ndarray | None,
+    ) -> None:
+        self.outputs, self.rows, self.columns, self.symmetric = outputs, rows, columns, symmetric
+        self.shape = outputs.shape(rows, columns)
+        dtype = torch.float64 if precision == "float64" else torch.float32
+        self.array = out
+        self.tensor = _allocated(self.shape, dtype, device) if out is None else _given(out, self.shape, dtype)
+        # (..., rows, columns) for every form
+        self.matrix = self.tensor.permute(2, 3, 0, 1) if outputs.form == "full" else self.tensor
+        longest = max(rows, columns)
+        self.tile = min(2048, max(64, -(-longest // 4)))
+        self.clear()
+
+    def clear(self) -> None:
+        """Zeros, to begin with."""
+        self.tensor.zero_()
+
+    def tiles(self) -> Iterator[tuple[slice, slice]]:
+        """Rows and columns of the tiles to fill."""
+        for top in range(0, self.rows, self.tile):
+            end = min(top + self.tile, self.rows)
+            for left in range(0, top + 1 if self.symmetric else self.columns, self.tile):
+                yield slice(top, end), slice(left, min(left + self.tile, self.columns))
+
+    def add(self, rows: slice, columns: slice, tile: Tensor) -> None:
+        """Adds a float64 tile (..., rows, columns)."""
+        place = self.matrix[..., rows, columns]
+        place.copy_(place + tile.to(place.device))
+
+    def finished(self) -> Tensor:
+        """The result: scaled where the mean is asked for, mirrored, written out."""
+        if self.outputs.form == "mean":
+            self.tensor /= self.outputs.classes
+        if self.symmetric:
+            for rows, columns in self.tiles():
+                self._mirror(rows, columns)
+        if isinstance(self.array, np.memmap):
+            self.array.flush()
+        return self.tensor
+
+    def _mirror(self, rows: slice, columns: slice) -> None:
+        tile = self.matrix[..., rows, columns]
+        full = self.outputs.form == "full"
+        if rows != columns:
+            mirrored = tile.transpose(0, 1) if full else tile
+            self.matrix[..., columns, rows] = mirrored.mT
+            return
+        if full:  # (c, c', i, j) as a matrix of (c, i) × (c', j)
+            classes, size = self.outputs.classes, tile.shape[-1]
+            square = tile.permute(0, 2, 1, 3).reshape(classes * size, classes * size)
+            lower = square.tril() + square.tril(-1).mT
+            tile.copy_(lower.reshape(classes, size, classes, size).permute(0, 2, 1, 3))
+        else:
+            tile.copy_(tile.tril() + tile.tril(-1).mT)
+
+
+def _given(out: Tensor | np.ndarray, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if isinstance(out, np.ndarray):
+        if not out.flags.writeable:
+            raise ValueError("out: got an array that cannot be written, wanted one opened for writing")
+        if out.dtype not in (np.float32, np.float64):
+            raise TypeError(f"out: got {out.dtype}, wanted {str(dtype).removeprefix('torch.')}")
+        out = torch.from_numpy(out)
+    _checks.check_tensor("out", out)
+    if out.requires_grad:
+        raise ValueError("out: requires grad, which a result that is written in place cannot; pass out.detach()")
+    if out.dtype != dtype:
+        raise TypeError(f"out: got {_checks.dtype_name(out)}, wanted {str(dtype).removeprefix('torch.')}")
+    if tuple(out.shape) != shape:
+        raise ValueError(f"out: got shape {_checks.shape_text(out)}, wanted {shape}")
+    return out
+
+
+def _allocated(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    size = dtype.itemsize
+    for length in shape:
+        size *= length
+    free = _free_memory(device)
+    if free is not None and size > free:
+        raise MemoryError(
+            f"H: a result of shape {shape} takes {size / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; pass out= "
+            "with a memory map (numpy.lib.format.open_memmap), ask for fewer outputs, or take fewer samples"
+        )
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _free_memory(device: torch.device) -> int | None:
+    """Bytes that can be had, or ``None`` where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None

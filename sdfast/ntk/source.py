@@ -1,0 +1,219 @@
+"""Gradients per sample of a model on given inputs, micro-batch by micro-batch, for any selection of its parameters."""
+
+import fnmatch
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sdfast import _checks
+from sdfast.ntk import inputs as feeding
+from sdfast.ntk.capture import Capture
+from sdfast.ntk.inputs import Inputs
+from sdfast.ntk.outputs import Outputs
+from sdfast.ntk.probe import Findings, probe
+from sdfast.ntk.sample_rows import PathChangedError
+
+BATCH_SIZE = 32  # samples of a micro-batch: their activations stay in the cache
+
+
+class Chunk(NamedTuple):
+    """Gradients of one output of the samples from `start` to `stop`.
+
+    Attributes:
+        start: First sample.
+        stop: One behind the last.
+        output: Which column of the outputs.
+        rows: By parameter (samples of the chunk, numel).
+        factors: By parameter A and B; see `layers.Rule.factors`.
+    """
+
+    start: int
+    stop: int
+    output: int
+    rows: dict[str, Tensor]
+    factors: dict[str, tuple[Tensor, Tensor]]
+
+
+class Source:
+    """Where gradients come from: a model, its inputs, the outputs asked for, and what the probe found.
+
+    Call it inside `unchanged.unchanged`.
+
+    Args:
+        model: The model.
+        inputs: Its samples.
+        outputs: Which outputs.
+        parameters: Those to differentiate, by name.
+        batch_size: Samples of a micro-batch, or ``None``.
+        findings: Of the probe on other inputs of this model; ``None`` to probe these.
+
+    Raises:
+        ValueError: Batch norm in training mode, and a batch size below the number of samples.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        outputs: Outputs,
+        parameters: Mapping[str, Tensor],
+        batch_size: int | None,
+        findings: Findings | None = None,
+    ) -> None:
+        self.model, self.inputs, self.outputs, self.parameters = model, inputs, outputs, parameters
+        self.findings: Findings = probe(model, inputs, outputs, parameters) if findings is None else findings
+        self.samples = inputs.samples
+        self.batch_size = min(BATCH_SIZE if batch_size is None else batch_size, self.samples)
+        if self.findings.batch_norm_trains:
+            if batch_size is not None and batch_size < self.samples:
+                raise ValueError(
+                    f"batch_size: got {batch_size}, but batch norm is in training mode and takes all {self.samples} "
+                    "samples as one batch; leave it out, or call model.eval()"
+                )
+            self.batch_size = self.samples
+
+    @property
+    def classes(self) -> int:
+        """Scalars per sample."""
+        return self.outputs.classes
+
+    def chunks(self, wanted: Iterable[str], factored: Iterable[str] = ()) -> Iterator[Chunk]:
+        """One forward and `classes` backward passes for each micro-batch.
+
+        Args:
+            wanted: Parameters whose gradients are asked for.
+            factored: Parameters whose factors are asked for: those in ``findings.factors``.
+
+        Yields:
+            A chunk for each micro-batch and output. A parameter that no output depends on has rows of zeros.
+
+        Raises:
+            PathChangedError: A micro-batch took another way through the model than the probe did.
+        """
+        wanted, factored = list(wanted), frozenset(factored)
+        followed = {name: self.parameters[name] for name in [*wanted, *factored] if name not in self.findings.looped}
+        looped = {name: self.parameters[name] for name in wanted if name in self.findings.looped}
+        missing = {name for name in followed if name not in self.findings.unused}
+        for start in range(0, self.samples, self.batch_size):
+            stop = min(start + self.batch_size, self.samples)
+            tensors = self.inputs.rows(start, stop)
+            capture = Capture(followed, self.findings.steps, stop - start, factored) if followed else None
+            if capture is None:
+                output = feeding.call(self.model, tensors)
+            else:
+                with capture:
+                    output = feeding.call(self.model, tensors)
+            columns = self.outputs.columns(output, stop - start)
+            for column in range(self.classes):
+                last = column + 1 == self.classes and not looped
+                rows = {} if capture is None else capture.gradients(columns[:, column].sum(), not last)
+                missing -= rows.keys() | (set() if capture is None else capture.factors.keys())
+                rows |= _one_by_one(columns[:, column], looped)
+                flat = {name: self._flat(name, rows.get(name), stop - start) for name in wanted}
+                yield Chunk(start, stop, column, flat, {} if capture is None else dict(capture.factors))
+        if missing:
+            raise PathChangedError(f"no gradient of {', '.join(sorted(missing))} came")
+
+    def _flat(self, name: str, rows: Tensor | None, samples: int) -> Tensor:
+        parameter = self.parameters[name]
+        return parameter.new_zeros(samples, parameter.numel()) if rows is None else rows.reshape(samples, -1)
+
+
+def _one_by_one(scalars: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients of each scalar by a backward pass of its own: (samples, *shape) for each parameter."""
+    if not parameters:
+        return {}
+    rows = {name: parameter.new_zeros(len(scalars), *parameter.shape) for name, parameter in parameters.items()}
+    for sample, scalar in enumerate(scalars):
+        gradients = torch.autograd.grad(scalar, list(parameters.values()), retain_graph=True, allow_unused=True)
+        for row, gradient in zip(rows.values(), gradients, strict=True):
+            if gradient is not None:
+                row[sample] = gradient.to_dense() if gradient.is_sparse else gradient
+    return rows
+
+
+def select_parameters(model: nn.Module, params: Iterable[str] | Callable[[str], bool] | None) -> dict[str, Tensor]:
+    """The parameters to differentiate, each once.
+
+    Args:
+        model: The model.
+        params: Names or shell patterns of names, a function of the name, or ``None`` for all that require grad.
+
+    Returns:
+        By name.
+
+    Raises:
+        TypeError: `model` is no module, or a parameter is in half precision or complex.
+        ValueError: No parameter is left, a name matches none, one is frozen, or they differ in device or dtype.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
+    named: dict[str, Tensor] = dict(model.named_parameters())
+    if params is None:
+        chosen = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+    else:
+        chosen = _chosen(named, params)
+    if not chosen:
+        raise ValueError(f"{'model' if params is None else 'params'}: no parameter that requires grad is left")
+    first = next(iter(chosen))
+    for name, parameter in chosen.items():
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"model: parameter {name} is {_checks.dtype_name(parameter)}, wanted float32 or float64, since "
+                "gradients are taken in full precision; call model.float()"
+            )
+        for what in ("device", "dtype"):
+            got, wanted = getattr(parameter, what), getattr(chosen[first], what)
+            if got != wanted:
+                raise ValueError(f"model: parameter {name} has {what} {got}, wanted {wanted} as {first} has")
+    return chosen
+
+
+def _chosen(named: dict[str, Tensor], params: Any) -> dict[str, Tensor]:
+    if isinstance(params, str) or not (callable(params) or isinstance(params, Iterable)):
+        raise TypeError(f"params: got {type(params).__name__}, wanted names of parameters, or a function of the name")
+    if callable(params):
+        names = {name for name in named if params(name)}
+    else:
+        names = set()
+        for pattern in params:
+            matching = fnmatch.filter(named, pattern)
+            if not matching:
+                raise ValueError(f"params: {pattern!r} matches none of the parameters {', '.join(named)}")
+            names.update(matching)
+    frozen = [name for name in named if name in names and not named[name].requires_grad]
+    if frozen:
+        raise ValueError(f"params: {', '.join(frozen)} do not require grad; call requires_grad_() or leave them out")
+    return {name: parameter for name, parameter in named.items() if name in names}
+
+
+def say(findings: Findings) -> None:
+    """Warns of what a user may not expect: parameters without influence, and slow ones."""
+    if findings.unused:
+        warnings.warn(
+            f"no output depends on {', '.join(findings.unused)}: their gradients are zero", UserWarning, stacklevel=3
+        )
+    if findings.batch_norm_trains:
+        warnings.warn(
+            "batch norm is in training mode and couples the samples: the gradients take one backward pass for each "
+            "sample and output, with all samples as one batch",
+            UserWarning,
+            stacklevel=3,
+        )
+    elif findings.looped:
+        reasons: dict[str, list[str]] = {}
+        for name, reason in findings.looped.items():
+            reasons.setdefault(reason, []).append(name)
+        told = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
+        warnings.warn(f"one backward pass for each sample and output: {told}", UserWarning, stacklevel=3)
+
+
+def loop_everything(findings: Findings, parameters: Iterable[str], error: PathChangedError) -> None:
+    """After a batch took another path: all parameters one sample at a time."""
+    for name in parameters:
+        if name not in findings.unused:
+            findings.looped.setdefault(name, f"the model takes another path on some samples: {error}")
+    findings.factors.clear()
