@@ -10,9 +10,11 @@ namespace {
 
 template <class To, class From>
 SDFAST_INLINE void add(To* total, const From* product, const From* factor, int64_t count) {
+  using Wide = std::conditional_t<sizeof(To) >= sizeof(From), To, From>;
   if (factor) {
 #pragma omp simd
-    for (int64_t j = 0; j < count; ++j) total[j] += static_cast<To>(product[j]) * static_cast<To>(factor[j]);
+    for (int64_t j = 0; j < count; ++j)
+      total[j] += static_cast<To>(static_cast<Wide>(product[j]) * static_cast<Wide>(factor[j]));
   } else {
 #pragma omp simd
     for (int64_t j = 0; j < count; ++j) total[j] += static_cast<To>(product[j]);
@@ -41,14 +43,11 @@ void add_all(Tensor& total, const Tensor& product, const std::optional<Tensor>& 
 
 void add_product(Tensor total, Tensor product, std::optional<Tensor> factor, std::optional<int64_t> diagonal) {
   const int64_t last = diagonal ? *diagonal : kAll;
-  const bool wide = total.scalar_type() == ScalarType::Double,
-             wide_product = product.scalar_type() == ScalarType::Double;
-  if (wide && wide_product)
-    add_all<double, double>(total, product, factor, last);
-  else if (wide)
-    add_all<double, float>(total, product, factor, last);
+  const bool wide = total.scalar_type() == ScalarType::Double;
+  if (product.scalar_type() == ScalarType::Double)
+    wide ? add_all<double, double>(total, product, factor, last) : add_all<float, double>(total, product, factor, last);
   else
-    add_all<float, float>(total, product, factor, last);
+    wide ? add_all<double, float>(total, product, factor, last) : add_all<float, float>(total, product, factor, last);
 }
 
 }  // namespace

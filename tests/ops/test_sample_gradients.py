@@ -235,6 +235,20 @@ def test_the_reference_serves_transforms():
     assert (each - one_by_one(shape, x, g)).norm() <= 1e-12 * each.norm()
 
 
+def test_opcheck():
+    x, g = torch.randn(2, 1, 4, 1, 5, 5), torch.randn(2, 1, 6, 1, 3, 3)
+    ones = [1, 1, 1]
+    arguments = (x, g, torch.zeros(2, 6 * 4 * 9), [1, 3, 3], ones, [0, 0, 0], ones, 1, True)
+    torch.library.opcheck(torch.ops.sdfast._sample_convolution.default, arguments)
+
+
+def test_compiles():
+    shape = SHAPES["ragged"]
+    x, g = draw(shape, torch.float64)
+    compiled = torch.compile(lambda a, b: 2 * run(shape, a, b), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, g), 2 * run(shape, x, g))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [

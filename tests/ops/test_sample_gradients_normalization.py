@@ -169,6 +169,16 @@ def test_nothing_to_sum(backend):
     )
 
 
+def test_opcheck():
+    x, g, statistics = torch.randn(2, 1, 5, 9), torch.randn(2, 1, 5, 9), torch.rand(2, 1, 5)
+    outs = torch.zeros(2, 5), torch.zeros(2, 5)
+    operations = torch.ops.sdfast
+    torch.library.opcheck(operations._sample_channels.default, (x, g, statistics, statistics, *outs, False))
+    torch.library.opcheck(operations._sample_channels.default, (None, g, None, None, None, outs[1], True))
+    arguments = (x[:, 0], g[:, 0], True, 1e-5, torch.zeros(2, 9), torch.zeros(2, 9), True)
+    torch.library.opcheck(operations._sample_positions.default, arguments)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [

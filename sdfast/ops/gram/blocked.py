@@ -60,6 +60,8 @@ def add_hadamard(
             for side, at, size in ((0, a, width), (1, b, outputs)):
                 rows, others = left[side][first:last, at : at + size], right[side][:columns, at : at + size]
                 factors.append(_promoted(rows, others, precision))
+            if factors[0].dtype != factors[1].dtype:  # one of them was long enough to be promoted
+                factors = [factor.double() for factor in factors]
             op.add(total[first:last, :columns], *factors, first if triangle else None)
             a, b = a + width, b + outputs
 

@@ -34,18 +34,18 @@ def rounded(x, DROP: tl.constexpr):
 
 
 @triton.jit
-def multiply(total, left, right, PRECISION: tl.constexpr):
+def multiply(total, left, right, PRECISION: tl.constexpr, HALF: tl.constexpr):
     """Total + left @ right of operands rounded to the precision, (I, STEP) and (STEP, J)."""
     if PRECISION == BF16X3:
         high = rounded(left, 16)
         low = rounded(left - high, 16)
         other_high = rounded(right, 16)
         other_low = rounded(right - other_high, 16)
-        total = tl.dot(low.to(tl.bfloat16), other_high.to(tl.bfloat16), total)
-        total = tl.dot(high.to(tl.bfloat16), other_low.to(tl.bfloat16), total)
-        total = tl.dot(high.to(tl.bfloat16), other_high.to(tl.bfloat16), total)
+        total = tl.dot(low.to(HALF), other_high.to(HALF), total)
+        total = tl.dot(high.to(HALF), other_low.to(HALF), total)
+        total = tl.dot(high.to(HALF), other_high.to(HALF), total)
     elif PRECISION == BF16:
-        total = tl.dot(rounded(left, 16).to(tl.bfloat16), rounded(right, 16).to(tl.bfloat16), total)
+        total = tl.dot(rounded(left, 16).to(HALF), rounded(right, 16).to(HALF), total)
     elif PRECISION == TF32:
         total = tl.dot(rounded(left, 13), rounded(right, 13), total, input_precision="tf32")
     else:
@@ -57,7 +57,7 @@ def multiply(total, left, right, PRECISION: tl.constexpr):
 def tile_product(
     left, right, i, j, left_rows, right_rows, left_stride, left_step, right_stride, right_step, first, last,
     PRECISION: tl.constexpr, PROMOTE: tl.constexpr, T: tl.constexpr, K: tl.constexpr, OPERAND: tl.constexpr,
-    REAL: tl.constexpr,
+    HALF: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
     """Columns `first` to `last` of left @ right.T for the rows i and j."""
     total = tl.zeros([T, T], REAL)
@@ -76,7 +76,7 @@ def tile_product(
                 mask=(j < right_rows)[None, :] & seen[:, None],
                 other=0.0,
             ).to(OPERAND)  # (K, T)
-            part = multiply(part, rows, columns, PRECISION)
+            part = multiply(part, rows, columns, PRECISION, HALF)
         total += part.to(REAL)
     return total
 
@@ -114,7 +114,7 @@ def product_kernel(
     right,  # (J, K)
     rows, columns, width, total_stride, left_stride, left_step, right_stride, right_step,
     TRIANGLE: tl.constexpr, PRECISION: tl.constexpr, PROMOTE: tl.constexpr, T: tl.constexpr, K: tl.constexpr,
-    OPERAND: tl.constexpr, REAL: tl.constexpr,
+    OPERAND: tl.constexpr, HALF: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
     # Computed: one tile of total += left @ right.T.
     # Fused: the rounding or splitting of the operands, the promotion of the sums, the triangle, the addition.
@@ -124,7 +124,7 @@ def product_kernel(
     j = column * T + tl.arange(0, T)
     product = tile_product(
         left, right, i, j, rows, columns, left_stride, left_step, right_stride, right_step, 0, width, PRECISION,
-        PROMOTE, T, K, OPERAND, REAL,
+        PROMOTE, T, K, OPERAND, HALF, REAL,
     )  # fmt: skip
     add_tile(total, product, i, j, rows, columns, total_stride, TRIANGLE)
 
@@ -140,7 +140,7 @@ def hadamard_kernel(
     rows, columns, layers, total_stride, left_a_stride, left_a_step, left_b_stride, left_b_step, right_a_stride,
     right_a_step, right_b_stride, right_b_step,
     TRIANGLE: tl.constexpr, PRECISION: tl.constexpr, PROMOTE: tl.constexpr, T: tl.constexpr, K: tl.constexpr,
-    OPERAND: tl.constexpr, REAL: tl.constexpr,
+    OPERAND: tl.constexpr, HALF: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
     # Computed: one tile of total += the sum over all layers of (A A'ᵀ) ∘ (B B'ᵀ).
     # Fused: both products of every layer, their Hadamard product, the sum over layers, the triangle, the addition.
@@ -152,12 +152,12 @@ def hadamard_kernel(
     for layer in range(layers):
         similar = tile_product(
             left_a, right_a, i, j, rows, columns, left_a_stride, left_a_step, right_a_stride, right_a_step,
-            tl.load(splits + layer), tl.load(splits + layer + 1), PRECISION, PROMOTE, T, K, OPERAND, REAL,
+            tl.load(splits + layer), tl.load(splits + layer + 1), PRECISION, PROMOTE, T, K, OPERAND, HALF, REAL,
         )  # fmt: skip
         result += similar * tile_product(
             left_b, right_b, i, j, rows, columns, left_b_stride, left_b_step, right_b_stride, right_b_step,
             tl.load(splits + layers + 1 + layer), tl.load(splits + layers + 2 + layer), PRECISION, PROMOTE, T, K,
-            OPERAND, REAL,
+            OPERAND, HALF, REAL,
         )  # fmt: skip
     add_tile(total, result, i, j, rows, columns, total_stride, TRIANGLE)
 
@@ -169,7 +169,9 @@ def _programs(total: Tensor, triangle: bool) -> tuple[int]:
 
 def _options(total: Tensor, precision: str, triangle: bool) -> tuple:
     operand = tl.float64 if precision == "float64" else tl.float32
-    return triangle, _CODES[precision], TERMS, TILE, STEP, operand, _REAL[total.dtype]
+    # The interpreter's tl.dot has no bfloat16; the rounded operands are the same numbers in float32.
+    half = tl.float32 if total.device.type == "cpu" else tl.bfloat16
+    return triangle, _CODES[precision], TERMS, TILE, STEP, operand, half, _REAL[total.dtype]
 
 
 def product(
