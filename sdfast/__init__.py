@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from sdfast import hilbert as hilbert
     from sdfast import models as models
     from sdfast import nn as nn
+    from sdfast import ntk as ntk
     from sdfast import train as train
     from sdfast.ops.self_distillation import AdaptiveAlpha, ClipLabel, LossStats, self_distillation_loss
 
@@ -21,11 +22,12 @@ __all__ = [
     "hilbert",
     "models",
     "nn",
+    "ntk",
     "self_distillation_loss",
     "train",
 ]
 
-_MODULES = ("data", "hilbert", "models", "nn", "train")
+_MODULES = ("data", "hilbert", "models", "nn", "ntk", "train")
 
 
 # Loaded at first use, torch with them: what needs no torch must import without it.

@@ -18,6 +18,7 @@ COMMANDS = {
     ),
     "train": ("sdfast.train.command", "train a classifier on labels mixed with its own predictions"),
     "hilbert": ("sdfast.hilbert.command", "rounds of self-distillation on a kernel, and the one to stop at"),
+    "ntk": ("sdfast.ntk.command", "the neural tangent kernel of a network on a data set, exact, and its spectrum"),
     "doctor": ("sdfast.doctor", "say what is installed, what runs where, and what to install for more"),
 }
 

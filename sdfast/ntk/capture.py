@@ -38,6 +38,7 @@ class Step:
         outputs: Sample axes of its results.
         unclear: Why the samples cannot be told apart in it, or ``None``.
         rule: That turns the gradient of a result into gradients per sample.
+        sources: The parameters it depends on.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Step:
     outputs: list[SampleAxis | None] = field(default_factory=list)
     unclear: str | None = None
     rule: Rule = GENERIC
+    sources: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -140,6 +142,7 @@ class ParameterMode(TorchFunctionMode):
         before = self.before(seen)
         versions = [leaf._version if isinstance(leaf, Tensor) else 0 for leaf in flat]
         result = func(*args, **kwargs)
+        self.ran(seen, result)
         tensors = _tensors(result)
         given_back = all(
             any(tensor is leaf and leaf._version == version for leaf, version in zip(flat, versions, strict=True))
@@ -150,6 +153,9 @@ class ParameterMode(TorchFunctionMode):
             return result
         self.position += 1
         return self.after(seen, before, result, tensors)
+
+    def ran(self, seen: Seen, result: Any) -> None:
+        """Called after every call, differentiable or not."""
 
     def before(self, seen: Seen) -> Any:
         """Called before the function runs; what it gives comes to `after`."""
@@ -195,7 +201,7 @@ class Capture(ParameterMode):
         values: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__(parameters, values)
-        self.steps, self.samples, self.factored = steps, samples, factored
+        self.parameters, self.steps, self.samples, self.factored = parameters, steps, samples, factored
         first = next(iter(parameters.values()))
         self.anchor = torch.zeros((), dtype=first.dtype, device=first.device, requires_grad=True)
         self.rows: dict[Origin, Tensor] = {}
@@ -214,15 +220,16 @@ class Capture(ParameterMode):
 
     def after(self, seen: Seen, before: Any, result: Any, tensors: list[Tensor]) -> Any:
         """Taps the results of a followed call."""
-        if not seen.tracked:
-            return result
         if self.position > len(self.steps) or self.steps[self.position - 1].name != seen.name:
             raise PathChangedError(f"{seen.name} came where the probe had not seen it")
         step = self.steps[self.position - 1]
+        sources = self.sources(seen.tracked.values())
+        if sources != step.sources & self.parameters.keys():
+            raise PathChangedError(f"{seen.name} came with other parameters than on the probe")
+        if not sources or step.unclear is not None:
+            return result
         if step.virtual:
             self.add_virtual(seen, tensors)
-            return result
-        if step.unclear is not None:
             return result
         call = Call(
             seen.function, seen.name, before, seen.spec, tuple(seen.tracked), step.inputs, step.outputs, self.samples

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from sdfast import _checks
 from sdfast.ntk import inputs as feeding
 from sdfast.ntk.blocks import Block, Group, collect, groups_of
+from sdfast.ntk.checkpoint import Checkpoint, settings_of
 from sdfast.ntk.outputs import Outputs
 from sdfast.ntk.plan import make_plan
 from sdfast.ntk.products import PRECISIONS, products_in
+from sdfast.ntk.progress import Progress
 from sdfast.ntk.result import Result
 from sdfast.ntk.sample_gradients import check_batch_size
 from sdfast.ntk.sample_rows import PathChangedError
@@ -83,38 +85,90 @@ def gram(
         if x2 is not None:
             right = Source(model, feeding.read(x2, first, "x2"), asked, parameters, batch_size, left.findings)
         result = Result(asked, left.samples, right.samples, precision, first.device, symmetric=x2 is None, out=out)
+        saved = None if checkpoint is None else _opened(checkpoint, left, right, precision, memory)
+        if saved is not None and saved.looped:
+            loop_everything(left.findings, parameters, "as before the interruption")
         try:
-            _fill(result, left, right, precision, memory)
+            _fill(result, left, right, precision, memory, saved, progress)
         except PathChangedError as error:
-            loop_everything(left.findings, parameters, error)
+            loop_everything(left.findings, parameters, str(error))
+            if saved is not None:
+                saved.forget()
             result.clear()
-            _fill(result, left, right, precision, memory)
+            _fill(result, left, right, precision, memory, saved, progress)
         say(left.findings)
     return result.finished()
 
 
-def _fill(result: Result, left: Source, right: Source, precision: str, memory: int) -> None:
+def _fill(
+    result: Result,
+    left: Source,
+    right: Source,
+    precision: str,
+    memory: int,
+    saved: Checkpoint | None,
+    progress: bool,
+) -> None:
     """Adds up all groups."""
     samples = (left.samples, right.samples)
     form, classes = left.outputs.form, left.classes
     first = next(iter(left.parameters.values()))
     plan = make_plan(left.findings, left.parameters, form, classes, samples, memory)
-    held = left.samples if left is right else sum(samples)
-    for group in groups_of(plan, held, classes, first.element_size(), memory):
-        blocks = [_block(source, group) for source in dict.fromkeys((left, right))]
-        with products_in(precision):
-            for rows, columns in result.tiles():
-                tile = blocks[0].tile(blocks[-1], rows, columns, form, precision)
-                if not tile.isfinite().all():
-                    _refuse_infinite(blocks, group)
-                result.add(rows, columns, tile)
+    sources = list(dict.fromkeys((left, right)))
+    groups = groups_of(plan, sum(source.samples for source in sources), classes, first.element_size(), memory)
+    done = 0
+    if saved is not None and saved.matrix is not None:
+        done = saved.done
+        result.tensor.copy_(saved.matrix)
+    bar = Progress([group.width or 1 for group in groups[done:]], progress)
+    try:
+        for number, group in enumerate(groups[done:], done + 1):
+            blocks = _blocks(sources, group, bar)
+            _add_tiles(result, blocks, group, form, precision, bar)
+            if saved is not None:
+                saved.save(number, result.tensor, left.findings.all_looped, last=number == len(groups))
+    finally:
+        bar.close()
 
 
-def _block(source: Source, group: Group) -> Block:
-    for step in collect(source, group):
-        if isinstance(step, Block):
-            return step
-    raise RuntimeError("a pass over the samples ended without a block")
+def _blocks(sources: list[Source], group: Group, bar: Progress) -> list[Block]:
+    """The gradients of one group, of each source."""
+    blocks: list[Block] = []
+    everything = sum(source.samples for source in sources)
+    before = 0
+    for source in sources:
+        for step in collect(source, group):
+            if isinstance(step, Block):
+                blocks.append(step)
+            else:
+                bar.passed((before + step) / everything)
+        before += source.samples
+    return blocks
+
+
+def _add_tiles(result: Result, blocks: list[Block], group: Group, form: str, precision: str, bar: Progress) -> None:
+    tiles = list(result.tiles())
+    with products_in(precision):
+        for number, (rows, columns) in enumerate(tiles, 1):
+            tile = blocks[0].tile(blocks[-1], rows, columns, form, precision)
+            if not tile.isfinite().all():
+                _refuse_infinite(blocks, group)
+            result.add(rows, columns, tile)
+            bar.multiplied(number / len(tiles))
+
+
+def _opened(path: str | os.PathLike, left: Source, right: Source, precision: str, memory: int) -> Checkpoint:
+    sides = {"x1": left.inputs, "x2": None if right is left else right.inputs}
+    settings = settings_of(
+        left.model,
+        left.parameters,
+        sides,
+        outputs=left.outputs.describe(),
+        precision=precision,
+        batch_size=[left.batch_size, right.batch_size],
+        memory=memory,
+    )
+    return Checkpoint(path, settings)
 
 
 def _refuse_infinite(blocks: list[Block], group: Group) -> None:

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from sdfast.ntk import inputs as feeding
 from sdfast.ntk.capture import Capture, Origin, ParameterMode, Seen, Step
 from sdfast.ntk.inputs import Inputs
-from sdfast.ntk.layers import GENERIC, LOOP, Call, rule_for
+from sdfast.ntk.layers import GENERIC, LOOP, Call
 from sdfast.ntk.layers.generic import CANNOT_VMAP
-from sdfast.ntk.layers.rule import changes_first_argument
 from sdfast.ntk.outputs import Outputs
 from sdfast.ntk.randomness import refuse_randomness
-from sdfast.ntk.sample_rows import PathChangedError, SampleAxis, choose, differs, scaled_axes
+from sdfast.ntk.record import Lengths, Record, resolved
+from sdfast.ntk.sample_rows import PathChangedError, differs
 
+READS = 8  # further samples on which a value that is read must stay the same
 UNSEEN = "used where no torch function shows it: in a scripted or compiled module, or a custom autograd.Function"
 
 
@@ -37,6 +38,7 @@ class Findings:
         looped: Parameters that are differentiated one sample at a time, with the reason.
         unused: Parameters that no output depends on.
         batch_norm_trains: Whether batch norm couples the samples: then all parameters are looped, in one batch.
+        all_looped: Whether a batch took another path than the probe, and all parameters were looped for it.
         rules: By parameter: the names of the rules that serve it.
         factors: By parameter that can be contracted: (T, d, p), d = 0 where A holds tokens.
     """
@@ -45,6 +47,7 @@ class Findings:
     looped: dict[str, str] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
     batch_norm_trains: bool = False
+    all_looped: bool = False
     rules: dict[str, list[str]] = field(default_factory=dict)
     factors: dict[str, tuple[int, int, int]] = field(default_factory=dict)
 
@@ -67,7 +70,7 @@ def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mappin
     generator = torch.Generator().manual_seed(0)
     three = inputs.pick([0, inputs.samples // 2, inputs.samples - 1])
     values = {name: _jittered(value, generator) for name, value in parameters.items()}
-    lengths = _Lengths(parameters, values, frozen_batch_norm=True)
+    lengths = Lengths(parameters, values, frozen_batch_norm=True)
     with refuse_randomness(model, inputs), lengths:
         output = feeding.call(model, {key: tensor[:2].clone() for key, tensor in three.items()})
     outputs.columns(output, 2)
@@ -75,19 +78,28 @@ def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mappin
     columns = []
     for sample in (None, 0, 1, 2):
         tensors = _perturbed(three, sample, inputs, generator)
-        records.append(_Record(parameters, values, lengths.calls))
+        records.append(Record(parameters, values, lengths.calls))
         with records[-1]:
             output = feeding.call(model, tensors)
         columns.append(outputs.columns(output, 3))
     _refuse_coupling(columns)
     findings = Findings(batch_norm_trains=lengths.batch_norm_trains)
     mismatch = next((record.mismatch for record in records if record.mismatch), None)
+    further = [Record(parameters, values, lengths.calls) for _ in range(READS if records[0].read else 0)]
+    for record in further:
+        tensors = three
+        for sample in range(3):
+            tensors = _perturbed(tensors, sample, inputs, generator)
+        with record:
+            feeding.call(model, tensors)
+    if any(record.read != records[0].read for record in records + further):
+        mismatch = "the model reads values of the samples to choose its path"
     if findings.batch_norm_trains:
         findings.looped = dict.fromkeys(parameters, "batch norm in training mode couples the samples")
     elif mismatch is not None:
         findings.looped = dict.fromkeys(parameters, mismatch)
     else:
-        findings.steps = _resolved(records)
+        findings.steps = resolved(records)
     for guarded in (values,) if findings.batch_norm_trains else (values, None):
         try:
             _guard(model, three, outputs, parameters, findings, guarded, generator)
@@ -95,129 +107,6 @@ def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mappin
             findings.looped |= dict.fromkeys(parameters, f"the model takes another path on some samples: {error}")
             _guard(model, three, outputs, parameters, findings, guarded, generator)
     return findings
-
-
-class _Lengths(ParameterMode):
-    """Notes the shapes of every differentiable call."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.calls: list[tuple[str, list[tuple[int, ...] | None], list[tuple[int, ...]]]] = []
-
-    def after(self, seen: Seen, before: Any, result: Any, tensors: list[Tensor]) -> Any:
-        shapes = [tuple(leaf.shape) if isinstance(leaf, Tensor) else None for leaf in seen.flat]
-        self.calls.append((seen.name, shapes, [tuple(tensor.shape) for tensor in tensors]))
-        return result
-
-
-@dataclass
-class _Noted:
-    """One followed call on three samples."""
-
-    step: Step
-    seen: Seen
-    inputs: dict[int, Tensor]
-    outputs: list[Tensor]
-    shapes: tuple[list[tuple[int, ...] | None], list[tuple[int, ...]]]
-
-
-class _Record(ParameterMode):
-    """Notes the tensors of followed calls on three samples; `calls` are those of two samples."""
-
-    def __init__(self, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor], calls: list) -> None:
-        super().__init__(parameters, values, frozen_batch_norm=True)
-        self.calls = calls
-        self.steps: list[Step] = []
-        self.noted: dict[int, _Noted] = {}
-        self.mismatch: str | None = None
-
-    def before(self, seen: Seen) -> list[Any] | None:
-        if not seen.tracked:
-            return None
-        writes = changes_first_argument(seen.name)
-        return [
-            (leaf.detach().clone() if writes else leaf.detach()) if isinstance(leaf, Tensor) else leaf
-            for leaf in seen.flat
-        ]
-
-    def after(self, seen: Seen, before: Any, result: Any, tensors: list[Tensor]) -> Any:
-        number = self.position - 1
-        step = Step(seen.name)
-        self.steps.append(step)
-        if self.mismatch is None and (number >= len(self.calls) or self.calls[number][0] != seen.name):
-            self.mismatch = "the model takes another path with another number of samples"
-        if not seen.tracked or self.mismatch is not None:
-            return result
-        _, shapes, output_shapes = self.calls[number]
-        if not tensors or any(
-            leaf is tensor for place in seen.tracked for leaf in [seen.flat[place]] for tensor in tensors
-        ):
-            step.unclear = f"written by {seen.name} in place"
-        elif [tuple(tensor.shape) for tensor in tensors] == output_shapes:
-            step.virtual = True
-            self.add_virtual(seen, tensors)
-        data = {
-            place: leaf
-            for place, leaf in enumerate(before)
-            if isinstance(leaf, Tensor) and place not in seen.tracked and tuple(leaf.shape) != shapes[place]
-        }
-        if not step.virtual:
-            # Copies where the order of positions and samples must be found by what changes, before it is overwritten.
-            data = {place: _noted(leaf, shapes[place]) for place, leaf in data.items()}
-            results = [_noted(tensor, shape) for tensor, shape in zip(tensors, output_shapes, strict=True)]
-            seen = Seen(seen.function, seen.name, before, seen.spec, seen.tracked)
-            self.noted[number] = _Noted(step, seen, data, results, (shapes, output_shapes))
-        return result
-
-
-def _noted(tensor: Tensor, smaller: Any) -> Tensor:
-    candidates = scaled_axes(tensor.shape, smaller)
-    plain = len(candidates) == 1 and candidates[0].positions == 1
-    return tensor.detach() if plain else tensor.detach().clone()
-
-
-def _resolved(records: list[_Record]) -> list[Step]:
-    """The steps of the first record, with sample axes found from what changed in the others."""
-    base = records[0]
-    for number, noted in base.noted.items():
-        others = [record.noted.get(number) for record in records[1:]]
-        step = noted.step
-        shapes, output_shapes = noted.shapes
-        found: dict[Any, list[SampleAxis]] = {}
-        for place, tensor in noted.inputs.items():
-            perturbed = [None if other is None else other.inputs.get(place) for other in others]
-            found["input", place] = _axes(tensor, shapes[place], perturbed)
-        for output, tensor in enumerate(noted.outputs):
-            if tuple(tensor.shape) != output_shapes[output]:
-                perturbed = [None if other is None else other.outputs[output] for other in others]
-                found["output", output] = _axes(tensor, output_shapes[output], perturbed)
-        step.outputs = [None] * len(noted.outputs)
-        if any(not axes for axes in found.values()):
-            step.unclear = step.unclear or f"its samples cannot be told apart in {step.name}"
-            continue
-        settled = {axes[0].positions: axes[0].samples_first for axes in found.values() if len(axes) == 1}
-        for (kind, place), axes in found.items():
-            agreeing = [axis for axis in axes if axis.samples_first == settled.get(axis.positions, True)]
-            chosen = (agreeing or axes)[0]
-            if kind == "input":
-                step.inputs[place] = chosen
-            else:
-                step.outputs[place] = chosen
-        seen = noted.seen
-        call = Call(seen.function, seen.name, seen.flat, seen.spec, tuple(seen.tracked), step.inputs, step.outputs, 3)
-        step.rule = rule_for(call)
-    return base.steps
-
-
-def _axes(tensor: Tensor, smaller: Any, perturbed: list[Tensor | None]) -> list[SampleAxis]:
-    """The sample axes that are possible."""
-    alike = [other for other in perturbed if other is not None and other.shape == tensor.shape]
-    if len(alike) < len(perturbed):
-        return []
-    candidates = scaled_axes(tensor.shape, smaller)
-    if len(candidates) == 1 and candidates[0].positions == 1:
-        return candidates
-    return choose(candidates, tensor, alike)
 
 
 class _Trial(Capture):
@@ -284,11 +173,11 @@ def _guard(
     }
     if values is None:
         plain = outputs.columns(feeding.call(model, _copies(three)), 3)
-    weights = torch.randn(3, outputs.classes, generator=generator, dtype=torch.float64)
     mode = _mode(captured, findings, values, parameters)
     with mode:
-        columns = outputs.columns(feeding.call(model, _copies(three)), 3)
-    weights = weights.to(columns)
+        output = feeding.call(model, _copies(three))
+    columns = outputs.columns(output, 3)
+    weights = torch.randn(columns.shape, generator=generator, dtype=torch.float64).to(columns)
     rows = mode.gradients((columns * weights).sum(), True) if isinstance(mode, Capture) else {}
     if values is not None:
         _find_unused(columns, parameters, values, findings)

@@ -51,7 +51,7 @@ def sample_gradients(
         try:
             gradients = _collected(source)
         except PathChangedError as error:
-            loop_everything(source.findings, parameters, error)
+            loop_everything(source.findings, parameters, str(error))
             gradients = _collected(source)
         say(source.findings)
     if asked.form != "per_class":

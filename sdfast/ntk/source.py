@@ -106,7 +106,10 @@ class Source:
             else:
                 with capture:
                     output = feeding.call(self.model, tensors)
+                if capture.position != len(self.findings.steps):
+                    raise PathChangedError("it ended after another number of operations")
             columns = self.outputs.columns(output, stop - start)
+            self._check_unused(columns)
             for column in range(self.classes):
                 last = column + 1 == self.classes and not looped
                 rows = {} if capture is None else capture.gradients(columns[:, column].sum(), not last)
@@ -116,6 +119,14 @@ class Source:
                 yield Chunk(start, stop, column, flat, {} if capture is None else dict(capture.factors))
         if missing:
             raise PathChangedError(f"no gradient of {', '.join(sorted(missing))} came")
+
+    def _check_unused(self, columns: Tensor) -> None:
+        """What no output of the probe's samples depends on, none of these may depend on."""
+        unused = [self.parameters[name] for name in self.findings.unused]
+        if unused:
+            reached = torch.autograd.grad(columns.sum(), unused, retain_graph=True, allow_unused=True)
+            if any(gradient is not None for gradient in reached):
+                raise PathChangedError("a parameter is used that the probe's samples do not use")
 
     def _flat(self, name: str, rows: Tensor | None, samples: int) -> Tensor:
         parameter = self.parameters[name]
@@ -211,9 +222,10 @@ def say(findings: Findings) -> None:
         warnings.warn(f"one backward pass for each sample and output: {told}", UserWarning, stacklevel=3)
 
 
-def loop_everything(findings: Findings, parameters: Iterable[str], error: PathChangedError) -> None:
+def loop_everything(findings: Findings, parameters: Iterable[str], why: str) -> None:
     """After a batch took another path: all parameters one sample at a time."""
     for name in parameters:
-        if name not in findings.unused:
-            findings.looped.setdefault(name, f"the model takes another path on some samples: {error}")
+        findings.looped.setdefault(name, f"the model takes another path on some samples: {why}")
+    findings.unused.clear()
+    findings.all_looped = True
     findings.factors.clear()

@@ -51,23 +51,28 @@ LAYERS = {
     "linear, positions first": (lambda: zoo.SequenceFirst(nn.Linear(3, 4)), lambda n: torch.randn(n, 5, 3), "linear"),
     "linear, n T merged": (
         lambda: Functional(lambda s, x: F.linear(x.flatten(0, 1), s.w, s.b).unflatten(0, (len(x), -1)), w=(4, 3), b=4),
-        lambda n: torch.randn(n, 5, 3), "linear",
+        lambda n: torch.randn(n, 5, 3),
+        "linear",
     ),
     "linear, T n merged": (
         lambda: Functional(
-            lambda s, x: F.linear(x.transpose(0, 1).flatten(0, 1), s.w)
-            .unflatten(0, (-1, len(x))).transpose(0, 1), w=(4, 3)
+            lambda s, x: F.linear(x.transpose(0, 1).flatten(0, 1), s.w).unflatten(0, (-1, len(x))).transpose(0, 1),
+            w=(4, 3),
         ),
-        lambda n: torch.randn(n, 4, 3), "linear",
+        lambda n: torch.randn(n, 4, 3),
+        "linear",
     ),
     "matmul": (lambda: Functional(lambda s, x: x @ s.w, w=(3, 4)), lambda n: torch.randn(n, 2, 3), "matmul"),
     "mm": (lambda: Functional(lambda s, x: torch.mm(x, s.w), w=(3, 4)), lambda n: torch.randn(n, 3), "matmul"),
     "addmm": (
-        lambda: Functional(lambda s, x: torch.addmm(s.b, x, s.w), w=(3, 4), b=4), lambda n: torch.randn(n, 3), "addmm"
+        lambda: Functional(lambda s, x: torch.addmm(s.b, x, s.w), w=(3, 4), b=4),
+        lambda n: torch.randn(n, 3),
+        "addmm",
     ),
     "addmm, scaled": (
         lambda: Functional(lambda s, x: torch.addmm(s.b, x, s.w, beta=2, alpha=0.5), w=(3, 4), b=4),
-        lambda n: torch.randn(n, 3), G,
+        lambda n: torch.randn(n, 3),
+        G,
     ),
     "einsum": (lambda: Functional(lambda s, x: torch.einsum("ntd,dk->ntk", x, s.w), w=(3, 4)), zoo.sequences, G),
     "parameter first": (lambda: Functional(lambda s, x: s.w @ x.mT, w=(4, 3)), zoo.sequences, G),
@@ -85,15 +90,23 @@ LAYERS = {
     "batch norm 3d": (lambda: nn.BatchNorm3d(2).eval(), lambda n: volume(n, 3), "batch norm"),
     "instance norm": (lambda: nn.InstanceNorm2d(2, affine=True), zoo.images, "instance norm"),
     "instance norm, running": (
-        lambda: nn.InstanceNorm1d(5, affine=True, track_running_stats=True), zoo.sequences, "instance norm"
+        lambda: nn.InstanceNorm1d(5, affine=True, track_running_stats=True),
+        zoo.sequences,
+        "instance norm",
     ),
     "instance norm, running, eval": (
-        lambda: nn.InstanceNorm1d(5, affine=True, track_running_stats=True).eval(), zoo.sequences, "instance norm"
+        lambda: nn.InstanceNorm1d(5, affine=True, track_running_stats=True).eval(),
+        zoo.sequences,
+        "instance norm",
     ),
     "embedding": (lambda: nn.Embedding(7, 3), zoo.tokens, "embedding"),
     "embedding, one token": (lambda: nn.Embedding(7, 3), lambda n: torch.randint(0, 7, (n,)), "embedding"),
     "embedding, padding": (lambda: nn.Embedding(7, 3, padding_idx=2), zoo.tokens, "embedding"),
-    "embedding, negative padding": (lambda: nn.Embedding(3, 3, padding_idx=-1), lambda n: zoo.tokens(n, 3), "embedding"),
+    "embedding, negative padding": (
+        lambda: nn.Embedding(3, 3, padding_idx=-1),
+        lambda n: zoo.tokens(n, 3),
+        "embedding",
+    ),
     "embedding, sparse": (lambda: nn.Embedding(7, 3, sparse=True), zoo.tokens, "embedding"),
     "embedding, int32": (lambda: nn.Embedding(7, 3), lambda n: zoo.tokens(n).int(), "embedding"),
     "embedding, large table": (lambda: nn.Embedding(300, 3), lambda n: zoo.tokens(n, 300), "embedding"),
@@ -101,18 +114,18 @@ LAYERS = {
     "bag, mean": (lambda: nn.EmbeddingBag(7, 3), zoo.tokens, "embedding bag"),
     "bag, sum": (lambda: nn.EmbeddingBag(7, 3, mode="sum", padding_idx=1), zoo.tokens, "embedding bag"),
     "bag, mean, padding": (lambda: nn.EmbeddingBag(3, 3, padding_idx=1), lambda n: zoo.tokens(n, 3), "embedding bag"),
-    "bag, max": (
-        lambda: nn.EmbeddingBag(7, 3, mode="max"), zoo.tokens, G
-    ),
+    "bag, max": (lambda: nn.EmbeddingBag(7, 3, mode="max"), zoo.tokens, G),
     "prelu": (lambda: nn.PReLU(2), zoo.images, G),
     "bilinear": (lambda: Functional(lambda s, x: F.bilinear(x, x, s.w, s.b), w=(2, 3, 3), b=2), zoo.sequences, G),
     "scale and shift": (lambda: Functional(lambda s, x: x * s.w + s.b, w=(3,), b=()), zoo.sequences, G),
     "scale in place": (
-        lambda: Functional(lambda s, x: (x * 2).mul_(s.w).add_(s.b), w=(3,), b=(5, 1)), zoo.sequences,
+        lambda: Functional(lambda s, x: (x * 2).mul_(s.w).add_(s.b), w=(3,), b=(5, 1)),
+        zoo.sequences,
         G,
     ),
     "scale a part in place": (
-        lambda: Functional(lambda s, x: _scaled_part(s, x.clone()), w=(3,)), zoo.sequences,
+        lambda: Functional(lambda s, x: _scaled_part(s, x.clone()), w=(3,)),
+        zoo.sequences,
         G,
     ),
     "power": (lambda: Functional(lambda s, x: x.abs() ** s.w, w=(3,)), zoo.sequences, G),
@@ -120,61 +133,74 @@ LAYERS = {
     "lstm cell": (lambda: First(nn.LSTMCell(3, 4)), lambda n: torch.randn(n, 3), G),
     "attention to learned queries": (
         lambda: Functional(lambda s, x: F.scaled_dot_product_attention(s.q.expand(len(x), -1, -1), x, x), q=(1, 2, 3)),
-        zoo.sequences, G,
+        zoo.sequences,
+        G,
     ),
     "learned keys": (
-        lambda: Functional(lambda s, x: F.scaled_dot_product_attention(x, s.k, s.k), k=(4, 3)), zoo.sequences, G
+        lambda: Functional(lambda s, x: F.scaled_dot_product_attention(x, s.k, s.k), k=(4, 3)),
+        zoo.sequences,
+        G,
     ),
-}  # fmt: skip
+}
 for _d in (1, 2, 3):
     LAYERS |= {
         f"conv {_d}d": (lambda d=_d: conv(d, 2, 3, 3), lambda n, d=_d: volume(n, d), f"convolution {_d}d"),
         f"conv {_d}d, stride, padding, dilation": (
-            lambda d=_d: conv(d, 2, 3, 2, stride=2, padding=1, dilation=2), lambda n, d=_d: volume(n, d),
+            lambda d=_d: conv(d, 2, 3, 2, stride=2, padding=1, dilation=2),
+            lambda n, d=_d: volume(n, d),
             f"convolution {_d}d",
         ),
         f"conv {_d}d, same, even kernel": (
-            lambda d=_d: conv(d, 2, 3, 2, padding="same"), lambda n, d=_d: volume(n, d), f"convolution {_d}d"
+            lambda d=_d: conv(d, 2, 3, 2, padding="same"),
+            lambda n, d=_d: volume(n, d),
+            f"convolution {_d}d",
         ),
         f"conv {_d}d, same, dilated": (
-            lambda d=_d: conv(d, 2, 3, 3, padding="same", dilation=2, bias=False), lambda n, d=_d: volume(n, d),
+            lambda d=_d: conv(d, 2, 3, 3, padding="same", dilation=2, bias=False),
+            lambda n, d=_d: volume(n, d),
             f"convolution {_d}d",
         ),
         f"conv {_d}d, valid, groups": (
-            lambda d=_d: conv(d, 4, 6, 2, padding="valid", groups=2), lambda n, d=_d: volume(n, d, 4),
+            lambda d=_d: conv(d, 4, 6, 2, padding="valid", groups=2),
+            lambda n, d=_d: volume(n, d, 4),
             f"convolution {_d}d",
         ),
         f"conv {_d}d, depthwise, circular": (
             lambda d=_d: conv(d, 3, 6, 3, padding=1, groups=3, padding_mode="circular"),
-            lambda n, d=_d: volume(n, d, 3), f"convolution {_d}d",
+            lambda n, d=_d: volume(n, d, 3),
+            f"convolution {_d}d",
         ),
         f"conv {_d}d, transposed": (
-            lambda d=_d: transposed(d, 2, 3, 3, stride=2, padding=1, output_padding=1), lambda n, d=_d: volume(n, d, 2, 4),
+            lambda d=_d: transposed(d, 2, 3, 3, stride=2, padding=1, output_padding=1),
+            lambda n, d=_d: volume(n, d, 2, 4),
             f"transposed convolution {_d}d",
         ),
         f"conv {_d}d, transposed, groups, dilated": (
-            lambda d=_d: transposed(d, 4, 4, 2, dilation=2, groups=2), lambda n, d=_d: volume(n, d, 4, 4),
+            lambda d=_d: transposed(d, 4, 4, 2, dilation=2, groups=2),
+            lambda n, d=_d: volume(n, d, 4, 4),
             f"transposed convolution {_d}d",
         ),
-    }  # fmt: skip
+    }
 LAYERS |= {
     "conv 2d, uneven": (
-        lambda: nn.Conv2d(2, 3, (3, 2), stride=(1, 2), padding=(0, 1), dilation=(2, 1)), lambda n: volume(n, 2, 2, 6),
+        lambda: nn.Conv2d(2, 3, (3, 2), stride=(1, 2), padding=(0, 1), dilation=(2, 1)),
+        lambda n: volume(n, 2, 2, 6),
         "convolution 2d",
     ),
     "conv 2d of frames": (
-        lambda: Functional(lambda s, x: F.conv2d(x.flatten(0, 1), s.w, s.b, padding=1).unflatten(0, (len(x), -1)),
-                           w=(3, 2, 3, 3), b=3),
-        lambda n: torch.randn(n, 3, 2, 4, 4), "convolution 2d",
+        lambda: Functional(
+            lambda s, x: F.conv2d(x.flatten(0, 1), s.w, s.b, padding=1).unflatten(0, (len(x), -1)), w=(3, 2, 3, 3), b=3
+        ),
+        lambda n: torch.randn(n, 3, 2, 4, 4),
+        "convolution 2d",
     ),
     "conv 2d, channels last": (
         lambda: nn.Conv2d(2, 3, 3, padding=1).to(memory_format=torch.channels_last),
-        lambda n: zoo.images(n).to(memory_format=torch.channels_last), "convolution 2d",
+        lambda n: zoo.images(n).to(memory_format=torch.channels_last),
+        "convolution 2d",
     ),
-    "conv 2d, reflect": (
-        lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), zoo.images, "convolution 2d"
-    ),
-}  # fmt: skip
+    "conv 2d, reflect": (lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), zoo.images, "convolution 2d"),
+}
 
 
 class First(nn.Module):
@@ -245,7 +271,9 @@ def test_attention_masks(mask):
     assert_exact(gram(model, x, outputs="trace", batch_size=4), gram_of(jacobian(model, x), "trace"))
 
 
-@pytest.mark.parametrize("name", ["weight norm", "tied", "transposed", "concatenated", "chunked", "masked", "shared bias"])
+@pytest.mark.parametrize(
+    "name", ["weight norm", "tied", "transposed", "concatenated", "chunked", "masked", "shared bias"]
+)
 def test_virtual_parameters(name):
     def shared_bias(s, x):
         return F.layer_norm(x, (3,), s.v, s.v) @ s.w
@@ -253,7 +281,10 @@ def test_virtual_parameters(name):
     functions = {
         "tied": (lambda s, x: F.linear(torch.tanh(F.linear(x, s.w)), s.w.T), {"w": (4, 3)}),
         "transposed": (lambda s, x: x @ s.w.T + s.w.mT.sum(0), {"w": (4, 3)}),
-        "concatenated": (lambda s, x: F.linear(x, torch.cat([s.w, s.v[None]]), s.v.repeat(2)[:5]), {"w": (4, 3), "v": 3}),
+        "concatenated": (
+            lambda s, x: F.linear(x, torch.cat([s.w, s.v[None]]), s.v.repeat(2)[:5]),
+            {"w": (4, 3), "v": 3},
+        ),
         "chunked": (lambda s, x: sum(F.linear(x, part) for part in s.w.chunk(2)), {"w": (4, 3)}),
         "masked": (lambda s, x: F.linear(x, s.w * (torch.arange(12).view(4, 3) % 2)) * s.w[1, 1], {"w": (4, 3)}),
         "shared bias": (shared_bias, {"w": (3, 4), "v": 3}),
@@ -325,8 +356,18 @@ def test_every_form_of_contraction(monkeypatch):
     """Small tiles of position pairs, and layers that the counted rule would never contract."""
     monkeypatch.setattr(products, "_PAIRS", 40)
     monkeypatch.setattr("sdfast.ntk.plan.contracts", lambda *a: True)
-    for name in ("linear, positions", "linear, T n merged", "matmul", "addmm", "embedding, padding", "bag, mean, padding",
-                 "conv 2d, uneven", "conv 2d of frames", "conv 3d, same, even kernel", "conv 1d, stride, padding, dilation"):
+    for name in (
+        "linear, positions",
+        "linear, T n merged",
+        "matmul",
+        "addmm",
+        "embedding, padding",
+        "bag, mean, padding",
+        "conv 2d, uneven",
+        "conv 2d of frames",
+        "conv 3d, same, even kernel",
+        "conv 1d, stride, padding, dilation",
+    ):
         make, draw, _ = LAYERS[name]
         model, x1, x2 = zoo.Pooled(make()), draw(5), draw(4)
         model(x1)

@@ -140,7 +140,9 @@ def test_the_model_and_the_world_are_left_as_they_were(fail_at):
     assert torch.equal(torch.get_rng_state(), states[2])
 
 
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+@pytest.mark.parametrize(
+    "context", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)]
+)
 def test_inside_contexts_that_would_spoil_gradients(context):
     model, x = zoo.mlp(), torch.randn(5, 4)
     wanted = gram_of(jacobian(model, x), "trace")
@@ -196,7 +198,9 @@ class Doubled(torch.autograd.Function):
 
 
 def test_a_custom_function_hides_its_weight_and_is_looped():
-    model = Functional(lambda s, x: Doubled.apply(torch.tanh(F.linear(x, s.first)), s.hidden), first=(4, 3), hidden=(2, 4))
+    model = Functional(
+        lambda s, x: Doubled.apply(torch.tanh(F.linear(x, s.first)), s.hidden), first=(4, 3), hidden=(2, 4)
+    )
     with pytest.warns(UserWarning, match="one backward pass for each sample and output: hidden "):
         check(model, torch.randn(5, 3))
 
@@ -248,7 +252,7 @@ class Experts(nn.Module):
 
 @pytest.mark.parametrize("skip", [False, True])
 def test_mixture_of_experts(skip):
-    for _ in range(3):
+    for _ in range(8):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             check(Experts(skip), zoo.sequences(7, 4, 3), outputs="trace")
@@ -337,3 +341,30 @@ def test_callable_outputs():
     got = gram(model, x, outputs=lambda out: out.logsumexp(1))
     rows = jacobian(model, x, call=lambda m, x: m(x).logsumexp(1))
     assert_exact(got, gram_of(rows, None))
+
+
+def test_a_path_chosen_by_a_value_is_looped():
+    def forward(s, x):
+        order = x.flatten(0, 1).sum(1).argsort()
+        counts = (x.flatten(0, 1).sum(1) > 0).sum().item()
+        rows = x.flatten(0, 1)[order]
+        rows = torch.cat([F.linear(rows[: len(rows) - counts], s.a), F.linear(rows[len(rows) - counts :], s.b)])
+        return torch.zeros_like(rows).index_copy(0, order, rows).view(len(x), -1)
+
+    for _ in range(4):
+        with pytest.warns(UserWarning, match="one backward pass for each sample and output"):
+            check(Functional(forward, a=(2, 3), b=(2, 3)), zoo.sequences(7, 4, 3).add(0.1), outputs="trace")
+
+
+def test_selected_rows_that_come_back_are_followed_again():
+    """Only what works on the selected rows themselves is looped."""
+
+    def forward(s, x):
+        x = F.linear(x, s.a)
+        chosen = x[..., 0] > 0
+        out = torch.zeros_like(x)
+        out[chosen] = F.linear(x[chosen], s.b)
+        return F.linear(x + out, s.c)
+
+    with pytest.warns(UserWarning, match=r"each sample and output: b \(linear works on rows that are selected by"):
+        check(Functional(forward, a=(3, 3), b=(3, 3), c=(2, 3)), zoo.sequences(6), outputs="trace")

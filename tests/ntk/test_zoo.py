@@ -95,7 +95,10 @@ def test_batch_norm_in_training_mode(zero_gamma):
 
 
 def test_batch_norm_without_running_statistics_couples_in_eval_mode_too():
-    model, x = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 1)).eval(), None
+    model, x = (
+        nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 1)).eval(),
+        None,
+    )
     x = torch.randn(5, 3)
     with pytest.warns(UserWarning, match="batch norm"):
         assert_exact(gram(model, x), gram_of(jacobian(model, x), None))

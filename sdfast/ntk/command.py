@@ -1,0 +1,152 @@
+"""``sdfast ntk``: the kernel of a network on a data set, its spectrum and its pictures."""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdfast import _devices, _files, plots, report
+from sdfast.data import DATASETS, load_dataset
+from sdfast.models import mlp
+from sdfast.ntk import figures
+from sdfast.ntk.gram import gram
+from sdfast.ntk.products import PRECISIONS
+
+MODELS = ("mlp",)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.set_defaults(when_interrupted="; the same command with the same --checkpoint continues")
+    data = parser.add_argument_group("data and network")
+    data.add_argument("--dataset", choices=sorted(DATASETS), default="digits", help="whose training part is taken")
+    data.add_argument("--samples", type=int, default=500, help="how many of its samples, from the first")
+    data.add_argument("--model", choices=MODELS, default="mlp", help="the network")
+    data.add_argument("--hidden", type=int, nargs="*", default=[256, 256], help="widths of its hidden layers")
+    data.add_argument("--weights", type=Path, metavar="FILE", help="its state_dict; by default it is as initialised")
+    data.add_argument("--seed", type=int, default=0, help="of the split and the weights")
+
+    kernel = parser.add_argument_group("kernel")
+    kernel.add_argument("--outputs", default="mean", help="sum, trace, mean, or the index of one output")
+    kernel.add_argument("--precision", choices=tuple(PRECISIONS), default="float32", help="of the products")
+    kernel.add_argument("--batch-size", type=int, help="samples of a micro-batch (default: 32)")
+    kernel.add_argument("--memory", type=float, metavar="GIB", help="for gradients held at a time (default: 2)")
+    kernel.add_argument("--device", default="cpu", help="where to compute")
+    kernel.add_argument("--checkpoint", type=Path, metavar="FILE", help="continue from it, and write to it")
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--output", type=Path, default=Path("sdfast-ntk"), help="folder for gram.npz and the pictures")
+    output.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
+    output.add_argument("--no-progress", action="store_true", help="show no progress bar")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Computes the matrix, prints its spectrum and fills the output folder."""
+    _check_arguments(arguments)
+    data = load_dataset(arguments.dataset, seed=arguments.seed)
+    if arguments.samples > len(data.train_inputs):
+        raise ValueError(
+            f"--samples: got {arguments.samples}, wanted at most the {len(data.train_inputs)} training samples of "
+            f"{arguments.dataset}"
+        )
+    inputs, labels = data.train_inputs[: arguments.samples], data.train_labels[: arguments.samples]
+    device = _devices.usable(arguments.device)
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(arguments.seed)
+        model = mlp((inputs.shape[1], *arguments.hidden, data.num_classes))
+    if arguments.weights is not None:
+        _load(model, arguments.weights)
+    outputs = int(arguments.outputs) if arguments.outputs.isdigit() else arguments.outputs
+    matrix = gram(
+        model.to(device),
+        inputs.to(device),
+        outputs=outputs,
+        precision=arguments.precision,
+        batch_size=arguments.batch_size,
+        memory=None if arguments.memory is None else int(arguments.memory * 2**30),
+        progress=not arguments.no_progress and sys.stderr.isatty(),
+        checkpoint=arguments.checkpoint,
+    ).cpu()
+    values = torch.linalg.eigvalsh(matrix.double()).flip(0)
+    results = summary(arguments, model, matrix, values)
+    written = write_output(arguments, matrix, labels, values, results)
+    print(json.dumps(results) if arguments.json else f"{describe(results)}\n{written}")
+    return 0
+
+
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    if arguments.output.exists() and not arguments.output.is_dir():
+        raise ValueError(f"--output: {arguments.output} is a file, wanted a folder")
+    for name in ("samples", "batch_size"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: got {value}, wanted at least 1")
+    if arguments.memory is not None and not (math.isfinite(arguments.memory) and arguments.memory > 0):
+        raise ValueError(f"--memory: got {arguments.memory}, wanted a number of GiB > 0")
+    if not 0 <= arguments.seed < 2**32:
+        raise ValueError(f"--seed: got {arguments.seed}, wanted an integer in [0, 2**32)")
+    if any(width < 1 for width in arguments.hidden):
+        raise ValueError(f"--hidden: got {arguments.hidden}, wanted widths of at least 1")
+    if arguments.outputs not in ("sum", "trace", "mean") and not arguments.outputs.isdigit():
+        raise ValueError(f"--outputs: got {arguments.outputs!r}, wanted sum, trace, mean or the index of an output")
+
+
+def _load(model: torch.nn.Module, path: Path) -> None:
+    try:
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"--weights: {path} does not fit the network: {str(error).splitlines()[0]}") from None
+
+
+def summary(arguments: argparse.Namespace, model: torch.nn.Module, matrix: Tensor, values: Tensor) -> dict[str, Any]:
+    """What is printed: sizes, trace, the largest eigenvalues."""
+    positive = values.clamp(min=0)
+    return {
+        "dataset": arguments.dataset,
+        "samples": len(matrix),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "outputs": arguments.outputs,
+        "precision": arguments.precision,
+        "trace": float(matrix.double().trace()),
+        "effective_rank": float(positive.sum() ** 2 / positive.square().sum()) if positive.any() else 0.0,
+        "eigenvalues": values[:10].tolist(),
+    }
+
+
+def describe(results: dict[str, Any]) -> str:
+    """The summary for a terminal."""
+    total = results["trace"] or 1.0
+    sums = np.cumsum(results["eigenvalues"])
+    rows = [
+        (rank, f"{value:.4g}", f"{100 * value / total:.2f}", f"{100 * part / total:.2f}")
+        for rank, (value, part) in enumerate(zip(results["eigenvalues"], sums, strict=True), 1)
+    ]
+    table = report.plain_table(("rank", "eigenvalue", "% of the trace", "together"), rows)
+    return (
+        f"{results['dataset']}, {results['samples']} samples, {results['parameters']} parameters, outputs "
+        f"{results['outputs']}, {results['precision']}: trace {total:.6g}, effective rank "
+        f"{results['effective_rank']:.1f}\n{table}"
+    )
+
+
+def write_output(
+    arguments: argparse.Namespace, matrix: Tensor, labels: Tensor, values: Tensor, results: dict[str, Any]
+) -> str:
+    """Fills the output folder; gives a line that says with what."""
+    folder = arguments.output
+    folder.mkdir(parents=True, exist_ok=True)
+    h, y, spectrum = matrix.numpy(), labels.numpy(), values.numpy()
+    _files.write_atomically(folder / "gram.npz", lambda file: np.savez(file, gram=h, labels=y, eigenvalues=spectrum))
+    _files.write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
+    if (reason := plots.why_not()) is not None:
+        return f"wrote {folder}/gram.npz (no pictures: {reason})"
+    where = f"NTK of {results['samples']} samples of {results['dataset']}"
+    plots.save(figures.spectrum(values, where), folder / "spectrum.png")
+    plots.save(figures.heat_map(matrix, labels, f"{where}, by label"), folder / "heatmap.png")
+    return f"wrote {folder}/gram.npz, spectrum.png and heatmap.png"

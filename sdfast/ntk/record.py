@@ -1,0 +1,176 @@
+"""Records of a forward pass on a few samples, and the sample axes that follow from comparing them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from sdfast.ntk.capture import ParameterMode, Seen, Step
+from sdfast.ntk.layers import Call, rule_for
+from sdfast.ntk.layers.rule import changes_first_argument
+from sdfast.ntk.sample_rows import SampleAxis, choose, scaled_axes
+
+# Results whose length depends on the values: whose rows those are may change from batch to batch.
+SELECTING = ("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive")
+# Their result has the rows of their first argument, whatever is written into it.
+WRITING = (
+    "masked_scatter",
+    "masked_fill",
+    "index_add",
+    "index_copy",
+    "index_put",
+    "scatter",
+    "scatter_add",
+    "scatter_reduce",
+    "index_reduce",
+)
+# What makes numbers of Python out of values.
+READING = ("item", "tolist", "__int__", "__index__", "__float__", "__bool__", "numpy")
+
+
+class Lengths(ParameterMode):
+    """Notes the shapes of every differentiable call."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.calls: list[tuple[str, list[tuple[int, ...] | None], list[tuple[int, ...]]]] = []
+
+    def after(self, seen: Seen, before: Any, result: Any, tensors: list[Tensor]) -> Any:
+        """Notes one call."""
+        shapes = [tuple(leaf.shape) if isinstance(leaf, Tensor) else None for leaf in seen.flat]
+        self.calls.append((seen.name, shapes, [tuple(tensor.shape) for tensor in tensors]))
+        return result
+
+
+@dataclass
+class _Noted:
+    """One followed call on three samples."""
+
+    step: Step
+    seen: Seen
+    inputs: dict[int, Tensor]
+    outputs: list[Tensor]
+    shapes: tuple[list[tuple[int, ...] | None], list[tuple[int, ...]]]
+
+
+class Record(ParameterMode):
+    """Notes the tensors of followed calls on three samples; `calls` are those of two samples."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor], calls: list) -> None:
+        super().__init__(parameters, values, frozen_batch_norm=True)
+        self.calls = calls
+        self.steps: list[Step] = []
+        self.noted: dict[int, _Noted] = {}
+        self.mismatch: str | None = None
+        self.selected: dict[int, Tensor] = {}
+        self.read: list[Any] = []
+
+    def ran(self, seen: Seen, result: Any) -> None:
+        """Follows what is selected by its values: of such rows nobody knows whose they are in the next batch."""
+        if seen.name in READING:
+            self.read.append((seen.name, result.tolist() if seen.name == "numpy" else result))
+            return
+        arguments = [leaf for leaf in seen.flat if isinstance(leaf, Tensor)]
+        if seen.name.strip("_").startswith(WRITING):
+            arguments = arguments[:1]
+        if _selects(seen, arguments) or any(id(leaf) in self.selected for leaf in arguments):
+            tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+            self.selected |= {id(leaf): leaf for leaf in tensors}
+
+    def before(self, seen: Seen) -> list[Any] | None:
+        """The arguments of a followed call, as they are before it may change them."""
+        if not seen.tracked:
+            return None
+        writes = changes_first_argument(seen.name)
+        return [
+            (leaf.detach().clone() if writes else leaf.detach()) if isinstance(leaf, Tensor) else leaf
+            for leaf in seen.flat
+        ]
+
+    def after(self, seen: Seen, before: Any, result: Any, tensors: list[Tensor]) -> Any:
+        """Notes one call: whether it is virtual, and else its tensors."""
+        number = self.position - 1
+        step = Step(seen.name, sources=self.sources(seen.tracked.values()))
+        self.steps.append(step)
+        if any(id(tensor) in self.selected for tensor in tensors):
+            step.unclear = f"{seen.name} works on rows that are selected by their values"
+        if self.mismatch is None and (number >= len(self.calls) or self.calls[number][0] != seen.name):
+            self.mismatch = "the model takes another path with another number of samples"
+        if not seen.tracked or self.mismatch is not None:
+            return result
+        _, shapes, output_shapes = self.calls[number]
+        if not tensors or any(
+            leaf is tensor for place in seen.tracked for leaf in [seen.flat[place]] for tensor in tensors
+        ):
+            step.unclear = step.unclear or f"written by {seen.name} in place"
+        elif step.unclear is None and [tuple(tensor.shape) for tensor in tensors] == output_shapes:
+            step.virtual = True
+            self.add_virtual(seen, tensors)
+        data = {
+            place: leaf
+            for place, leaf in enumerate(before)
+            if isinstance(leaf, Tensor) and place not in seen.tracked and tuple(leaf.shape) != shapes[place]
+        }
+        if not step.virtual:
+            # Copies where the order of positions and samples must be found by what changes, before it is overwritten.
+            data = {place: _noted(leaf, shapes[place]) for place, leaf in data.items()}
+            results = [_noted(tensor, shape) for tensor, shape in zip(tensors, output_shapes, strict=True)]
+            seen = Seen(seen.function, seen.name, before, seen.spec, seen.tracked)
+            self.noted[number] = _Noted(step, seen, data, results, (shapes, output_shapes))
+        return result
+
+
+def _selects(seen: Seen, arguments: list[Tensor]) -> bool:
+    if seen.name in SELECTING or (seen.name == "where" and len(seen.flat) == 1):
+        return True
+    return seen.name == "__getitem__" and any(leaf.dtype in (torch.bool, torch.uint8) for leaf in arguments[1:])
+
+
+def _noted(tensor: Tensor, smaller: Any) -> Tensor:
+    candidates = scaled_axes(tensor.shape, smaller)
+    plain = len(candidates) == 1 and candidates[0].positions == 1
+    return tensor.detach() if plain else tensor.detach().clone()
+
+
+def resolved(records: list[Record]) -> list[Step]:
+    """The steps of the first record, with sample axes found from what changed in the others."""
+    base = records[0]
+    for number, noted in base.noted.items():
+        others = [record.noted.get(number) for record in records[1:]]
+        step = noted.step
+        shapes, output_shapes = noted.shapes
+        found: dict[Any, list[SampleAxis]] = {}
+        for place, tensor in noted.inputs.items():
+            perturbed = [None if other is None else other.inputs.get(place) for other in others]
+            found["input", place] = _axes(tensor, shapes[place], perturbed)
+        for output, tensor in enumerate(noted.outputs):
+            if tuple(tensor.shape) != output_shapes[output]:
+                perturbed = [None if other is None else other.outputs[output] for other in others]
+                found["output", output] = _axes(tensor, output_shapes[output], perturbed)
+        step.outputs = [None] * len(noted.outputs)
+        if any(not axes for axes in found.values()):
+            step.unclear = step.unclear or f"its samples cannot be told apart in {step.name}"
+            continue
+        settled = {axes[0].positions: axes[0].samples_first for axes in found.values() if len(axes) == 1}
+        for (kind, place), axes in found.items():
+            agreeing = [axis for axis in axes if axis.samples_first == settled.get(axis.positions, True)]
+            chosen = (agreeing or axes)[0]
+            if kind == "input":
+                step.inputs[place] = chosen
+            else:
+                step.outputs[place] = chosen
+        seen = noted.seen
+        call = Call(seen.function, seen.name, seen.flat, seen.spec, tuple(seen.tracked), step.inputs, step.outputs, 3)
+        step.rule = rule_for(call)
+    return base.steps
+
+
+def _axes(tensor: Tensor, smaller: Any, perturbed: list[Tensor | None]) -> list[SampleAxis]:
+    """The sample axes that are possible."""
+    alike = [other for other in perturbed if other is not None and other.shape == tensor.shape]
+    if len(alike) < len(perturbed):
+        return []
+    return choose(scaled_axes(tensor.shape, smaller), tensor, alike)
