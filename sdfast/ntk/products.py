@@ -15,9 +15,9 @@ from sdfast.ntk.layers.kernels import own
 from sdfast.ntk.unchanged import full_precision
 from sdfast.ops.gram import PRECISIONS, TERMS, add_gram
 from sdfast.ops.gram.precision import PAIRS as TERM_PAIRS
-from sdfast.ops.gram.precision import terms
+from sdfast.ops.gram.precision import rounded, terms
 
-__all__ = ["PRECISIONS", "product", "products_in", "tile_of_factors", "tile_of_rows"]
+__all__ = ["PRECISIONS", "TERMS", "product", "products_in", "rounded", "tile_of_factors", "tile_of_rows"]
 
 _PAIRS = 2**22  # position pairs of a contraction alive at once
 
