@@ -148,10 +148,13 @@ class ParameterMode(TorchFunctionMode):
             any(tensor is leaf and leaf._version == version for leaf, version in zip(flat, versions, strict=True))
             for tensor in tensors
         )
-        differentiable = any(tensor.requires_grad for tensor in tensors) and not given_back
+        differentiable = any(tensor.requires_grad for tensor in tensors)
         if not torch.is_grad_enabled() or not (differentiable or seen.name == "__setitem__"):
             return result
         self.position += 1
+        # As `contiguous` does where there is nothing to do: it counts all the same, for in another batch there may be.
+        if given_back and tensors:
+            return self.given_back(seen, result, tensors)
         return self.after(seen, before, result, tensors)
 
     def ran(self, seen: Seen, result: Any) -> None:
@@ -162,6 +165,10 @@ class ParameterMode(TorchFunctionMode):
 
     def after(self, seen: Seen, before: Any, result: Any, tensors: list[Tensor]) -> Any:
         """Called after it ran if its result is differentiable; gives what the model gets."""
+        return result
+
+    def given_back(self, seen: Seen, result: Any, tensors: list[Tensor]) -> Any:
+        """Called in place of `after` where a function gave back what it was given."""
         return result
 
     def add_virtual(self, seen: Seen, tensors: list[Tensor]) -> None:

@@ -93,7 +93,7 @@ def settings_of(
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return {
         "sdfast": sdfast.__version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "model class": type(model).__qualname__,
         "training mode": content_hash(modes),
         "parameters and buffers of the model": content_hash([[name, tensor] for name, tensor in tensors]),

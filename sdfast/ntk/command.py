@@ -55,6 +55,9 @@ def run(arguments: argparse.Namespace) -> int:
             f"--samples: got {arguments.samples}, wanted at most the {len(data.train_inputs)} training samples of "
             f"{arguments.dataset}"
         )
+    outputs: int | str = int(arguments.outputs) if arguments.outputs.isdigit() else arguments.outputs
+    if isinstance(outputs, int) and outputs >= data.num_classes:
+        raise ValueError(f"--outputs: got {outputs}, wanted an index below {data.num_classes}")
     inputs, labels = data.train_inputs[: arguments.samples], data.train_labels[: arguments.samples]
     device = _devices.usable(arguments.device)
     with torch.random.fork_rng(devices=[]):
@@ -62,7 +65,6 @@ def run(arguments: argparse.Namespace) -> int:
         model = mlp((inputs.shape[1], *arguments.hidden, data.num_classes))
     if arguments.weights is not None:
         _load(model, arguments.weights)
-    outputs = int(arguments.outputs) if arguments.outputs.isdigit() else arguments.outputs
     matrix = gram(
         model.to(device),
         inputs.to(device),

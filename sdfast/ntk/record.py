@@ -44,6 +44,10 @@ class Lengths(ParameterMode):
         self.calls.append((seen.name, shapes, [tuple(tensor.shape) for tensor in tensors]))
         return result
 
+    def given_back(self, seen: Seen, result: Any, tensors: list[Tensor]) -> Any:
+        """Notes one call."""
+        return self.after(seen, None, result, tensors)
+
 
 @dataclass
 class _Noted:
@@ -79,6 +83,11 @@ class Record(ParameterMode):
         if _selects(seen, arguments) or any(id(leaf) in self.selected for leaf in arguments):
             tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
             self.selected |= {id(leaf): leaf for leaf in tensors}
+
+    def given_back(self, seen: Seen, result: Any, tensors: list[Tensor]) -> Any:
+        """Notes that there was a call."""
+        self.steps.append(Step(seen.name))
+        return result
 
     def before(self, seen: Seen) -> list[Any] | None:
         """The arguments of a followed call, as they are before it may change them."""

@@ -56,7 +56,7 @@ def test_weights_and_checkpoint_and_table(tmp_path, capsys):
         (["--samples", "0"], "--samples: got 0, wanted at least 1"),
         (["--samples", "5000"], "--samples: got 5000, wanted at most the 1347 training samples of digits"),
         (["--outputs", "full"], "--outputs: got 'full', wanted sum, trace, mean or the index of an output"),
-        (["--outputs", "10"], "outputs: got 10, wanted an index in [0, 10)"),
+        (["--outputs", "10"], "--outputs: got 10, wanted an index below 10"),
         (["--memory", "-1"], "--memory: got -1.0, wanted a number of GiB > 0"),
         (["--batch-size", "0"], "--batch-size: got 0, wanted at least 1"),
         (["--hidden", "0"], "--hidden: got [0], wanted widths of at least 1"),

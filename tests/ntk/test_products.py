@@ -10,8 +10,11 @@ BOUNDS = {"float64": 1e-15, "float32": 2e-6, "bf16x3": 2e-5, "tf32": 1e-4, "bf16
 
 
 def heavy_tailed(n, p, generator):
-    """Columns of very different sizes, as parameters have."""
-    scale = torch.exp(2 * torch.randn(p, generator=generator))
+    """Columns of different sizes, as parameters have: the largest of 10⁶ is ten times the median.
+
+    Rounded operands have an error of about a unit over √(columns that matter): of a few, no bound but the unit holds.
+    """
+    scale = torch.exp(0.5 * torch.randn(p, generator=generator))
     shared = torch.randn(1, p, generator=generator)  # so that off-diagonal entries are not all near zero
     return (torch.randn(n, p, generator=generator) + shared) * scale
 
@@ -27,7 +30,7 @@ def error_of(rows, precision):
 @pytest.mark.parametrize("p", [10_000, 100_000, 1_000_000])
 def test_error_over_the_diagonal_is_flat_in_the_width(precision, p):
     generator = torch.Generator().manual_seed(torch.randint(2**31, ()).item())
-    assert error_of(heavy_tailed(12, p, generator), precision) <= BOUNDS[precision]
+    assert error_of(heavy_tailed(8, p, generator), precision) <= BOUNDS[precision]
 
 
 @pytest.mark.parametrize("precision", BOUNDS)
@@ -55,10 +58,10 @@ def test_contraction_equals_materialisation(precision, form):
     """Within the bound of the precision, relative to √(H_ii H_jj)."""
     classes, n, m, t, d, p = 3, 5, 4, 6, 7, 8
     a, b = torch.randn(n + m, t, d), torch.randn(classes, n + m, t, p)
-    rows = torch.einsum("ntd,cntp->cnpd", a, b).flatten(2)
-    exact = tile_of_rows(rows.double(), rows.double(), form, "float64")
+    rows = torch.einsum("ntd,cntp->cnpd", a.double(), b.double()).flatten(2)
+    exact = tile_of_rows(rows, rows, form, "float64")
     got = tile_of_factors((a[:n], b[:, :n]), (a[n:], b[:, n:]), form, precision)
-    diagonal = tile_of_rows(rows.double(), rows.double(), "trace", "float64").diagonal().sqrt()
+    diagonal = tile_of_rows(rows, rows, "trace", "float64").diagonal().sqrt()
     scale = torch.outer(diagonal[:n], diagonal[n:])
     # The bound holds for the factors' own norms too, which for T positions may exceed the gradient's.
     assert float(((got - exact[..., :n, n:]).abs() / scale).max()) <= 30 * BOUNDS[precision]
