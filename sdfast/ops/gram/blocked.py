@@ -32,8 +32,9 @@ def _sum(total: Tensor, left: Sequence[Tensor], right: Sequence[Tensor], precisi
 def add_product(total: Tensor, left: Tensor, right: Tensor, precision: str, triangle: bool) -> None:
     """Adds left @ right.T, of a triangle what lies on and below the diagonal."""
     scratch = None
-    for start in range(0, left.shape[1], TERMS):
-        columns = slice(start, start + TERMS)
+    step = max(1, left.shape[1]) if precision == "float64" else TERMS  # in float64 there is nothing to promote to
+    for start in range(0, left.shape[1], step):
+        columns = slice(start, start + step)
         operands = terms(left[:, columns], precision)
         others = operands if triangle else terms(right[:, columns], precision)
         for first, last, width in panels(len(left), len(right), triangle):
