@@ -1,5 +1,7 @@
 """Devices that torch can compute on here."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 
@@ -21,3 +23,17 @@ def usable(device: torch.device | str) -> torch.device:
     except (RuntimeError, AssertionError, TypeError) as error:  # torch's own for a device that is not there
         raise ValueError(f"device: got {str(device)!r}, which torch cannot compute on here") from error
     return chosen
+
+
+def current(tensor: torch.Tensor) -> AbstractContextManager:
+    """Makes the tensor's device the current one, on which Triton launches.
+
+    Args:
+        tensor: Any.
+
+    Returns:
+        A context manager; of nothing for the CPU.
+    """
+    if tensor.device.type == "cpu":
+        return nullcontext()
+    return torch.get_device_module(tensor.device).device(tensor.device)

@@ -105,7 +105,8 @@ class Block:
         """What this group adds to a tile of the Gram matrix, in float64; see `products.tile_of_rows`."""
         parts = []
         if self.rows.shape[-1]:
-            parts.append(tile_of_rows(self.rows[:, rows], other.rows[:, columns], form, precision))
+            triangle = other is self and rows == columns
+            parts.append(tile_of_rows(self.rows[:, rows], other.rows[:, columns], form, precision, triangle))
         for name, (a, b) in self.factors.items():
             other_a, other_b = other.factors[name]
             parts.append(

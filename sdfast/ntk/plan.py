@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sdfast import report
+from sdfast.ntk.layers.kernels import TORCH, kernel_for
 from sdfast.ntk.probe import Findings
+
+# Rules, by a part of their names, that form gradients with the package's kernels where these serve.
+OWN_KERNELS = ("convolution", "norm")
 
 
 @dataclass
@@ -23,6 +27,7 @@ class Entry:
             on it).
         factors: (T, d, p) of a layer that can be contracted: positions, inputs (0: tokens), outputs.
         reason: Why it is looped.
+        kernel: Whose kernels form its gradients: ``"cpu"`` or ``"triton"`` of this package, or ``"torch"``.
     """
 
     name: str
@@ -31,6 +36,7 @@ class Entry:
     method: str
     factors: tuple[int, int, int] | None = None
     reason: str = ""
+    kernel: str = TORCH
 
     @property
     def numel(self) -> int:
@@ -50,8 +56,8 @@ class Plan:
     entries: list[Entry]
 
     def __str__(self) -> str:
-        rows = [(entry.name, entry.shape, entry.rule, entry.method) for entry in self.entries]
-        return report.plain_table(("parameter", "shape", "rule", "method"), rows)
+        rows = [(entry.name, entry.shape, entry.rule, entry.method, entry.kernel) for entry in self.entries]
+        return report.plain_table(("parameter", "shape", "rule", "method", "kernel"), rows)
 
 
 def contracts(factors: tuple[int, int, int], numel: int, samples: tuple[int, int], form: str, classes: int) -> bool:
@@ -113,5 +119,7 @@ def make_plan(
             fits = entry.factor_bytes(sum(samples), classes, parameter.element_size()) <= memory
             if factors is not None and fits and contracts(factors, parameter.numel(), samples, form, classes):
                 entry.method = "contract"
+            elif any(own in rule for own in OWN_KERNELS):
+                entry.kernel = kernel_for(parameter.device.type, parameter.dtype)
             entries.append(entry)
     return Plan(entries)

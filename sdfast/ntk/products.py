@@ -4,19 +4,22 @@ Operands are rounded to it, products accumulate in float32 for at most `TERMS` t
 that is asked), and those sums are added up in float64. So the error does not grow with the number of parameters.
 """
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from sdfast.ntk.layers.kernels import own
 from sdfast.ntk.unchanged import full_precision
+from sdfast.ops.gram import PRECISIONS, TERMS, add_gram
+from sdfast.ops.gram.precision import PAIRS as TERM_PAIRS
+from sdfast.ops.gram.precision import rounded, terms
 
-TERMS = 4096  # of a sum in float32, before it is promoted
+__all__ = ["PRECISIONS", "TERMS", "product", "products_in", "rounded", "tile_of_factors", "tile_of_rows"]
+
 _PAIRS = 2**22  # position pairs of a contraction alive at once
-
-# name -> mantissa bits that operands are rounded to (None: their own)
-PRECISIONS: dict[str, int | None] = {"float32": None, "float64": None, "bf16x3": None, "tf32": 10, "bf16": 7}
 
 
 @contextmanager
@@ -26,47 +29,34 @@ def products_in(precision: str) -> Iterator[None]:
         yield
 
 
-def rounded(tensor: Tensor, bits: int) -> Tensor:
-    """Float32 numbers rounded to a mantissa of `bits` bits, to nearest even."""
-    drop = 23 - bits
-    whole = tensor.contiguous().view(torch.int32)
-    kept = (whole + ((whole >> drop) & 1) + (2 ** (drop - 1) - 1)) & ~(2**drop - 1)
-    return torch.where(tensor.isfinite(), kept.view(torch.float32), tensor)
-
-
-def product(left: Tensor, right: Tensor, precision: str) -> Tensor:
+def product(left: Tensor, right: Tensor, precision: str, triangle: bool = False) -> Tensor:
     """The product left @ right.mT in float64.
 
     Args:
         left: (..., I, K).
         right: (..., J, K).
         precision: Of `PRECISIONS`.
+        triangle: `right` is `left`, and what stands above the diagonal is not needed: it may stay zero.
 
     Returns:
         (..., I, J).
     """
-    if precision == "float64":
-        return left.double() @ right.double().mT
     leading = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
     total = left.new_zeros(*leading, left.shape[-2], right.shape[-2], dtype=torch.float64)
+    if own(left, right) == "cpu":
+        left, right = (side.expand(*leading, *side.shape[-2:]) for side in (left, right))
+        for place in itertools.product(*map(range, leading)):
+            other = None if triangle else right[place]
+            add_gram(total[place], left[place], other, precision=precision, backend="cpu")
+        return total
     for start in range(0, left.shape[-1], TERMS):
-        parts = [side[..., start : start + TERMS].float() for side in (left, right)]
-        for one, other in _terms(parts[0], parts[1], precision):
-            total += one @ other.mT
+        parts = [terms(side[..., start : start + TERMS], precision) for side in (left, right)]
+        for i, j in TERM_PAIRS[precision]:
+            total += parts[0][i] @ parts[1][j].mT
     return total
 
 
-def _terms(left: Tensor, right: Tensor, precision: str) -> list[tuple[Tensor, Tensor]]:
-    """The operand pairs whose products make up one product."""
-    if precision == "bf16x3":
-        high = [rounded(side, 7) for side in (left, right)]
-        low = [rounded(side - part, 7) for side, part in zip((left, right), high, strict=True)]
-        return [(high[0], high[1]), (high[0], low[1]), (low[0], high[1])]
-    bits = PRECISIONS[precision]
-    return [(left, right) if bits is None else (rounded(left, bits), rounded(right, bits))]
-
-
-def tile_of_rows(left: Tensor, right: Tensor, form: str, precision: str) -> Tensor:
+def tile_of_rows(left: Tensor, right: Tensor, form: str, precision: str, triangle: bool = False) -> Tensor:
     """Inner products of gradients.
 
     Args:
@@ -74,13 +64,14 @@ def tile_of_rows(left: Tensor, right: Tensor, form: str, precision: str) -> Tens
         right: (outputs, J, K).
         form: ``"one"``, ``"trace"``, ``"mean"`` (as trace), ``"per_class"`` or ``"full"``.
         precision: Of `PRECISIONS`.
+        triangle: See `product`; of ``"full"`` everything is needed.
 
     Returns:
         (I, J), per class (outputs, I, J), full (outputs, outputs, I, J), in float64.
     """
     if form == "full":
         return product(left[:, None], right[None], precision)
-    per_class = product(left, right, precision)
+    per_class = product(left, right, precision, triangle)
     return per_class if form == "per_class" else per_class.sum(0)
 
 

@@ -1,4 +1,4 @@
-"""Convolutions: the weight gradient of each sample is one group of a grouped convolution's weight gradient."""
+"""Convolutions: gradients per sample by the package's kernel; by a grouped convolution, a sample a group, elsewhere."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sdfast.ntk.layers.kernels import own
 from sdfast.ntk.layers.linear import positions
 from sdfast.ntk.layers.rule import Call, NamedRule, Rule, Slot, along_samples
+from sdfast.ops.sample_gradients import channel_sample_gradients, convolution_sample_gradients
 
 
 class _AnyConvolution(NamedRule):
@@ -56,9 +58,22 @@ class _AnyConvolution(NamedRule):
 
     def row(self, call: Call, given: dict[str, Any], name: str, gradient: Tensor) -> Tensor:
         if name == "bias":
+            if backend := own(gradient):
+                return channel_sample_gradients(None, gradient, backend=backend)[1]
             return gradient.sum((1, *range(3, gradient.dim())))
         weight = call.flat[given["weight"].place]
         data, padding = self.padded(given, call.split(given["input"].place), weight.shape[2:])
+        if backend := own(gradient, data):
+            rows = convolution_sample_gradients(
+                *((gradient, data) if self.transposed else (data, gradient)),
+                tuple(weight.shape[2:]),
+                stride=self.tuple_of(given["stride"]),
+                padding=padding,
+                dilation=self.tuple_of(given["dilation"]),
+                groups=given["groups"],
+                backend=backend,
+            )
+            return rows.unflatten(1, weight.shape)
         samples = len(data)
         # (samples, rows, channels, ...) -> (rows, samples · channels, ...): every sample is a group of its own
         grouped = [part.transpose(0, 1).flatten(1, 2) for part in (gradient, data)]

@@ -1,0 +1,56 @@
+// Computed: total += product, or total += product ∘ factor, over a lower triangle or a whole tile, on the CPU.
+// Fused: the promotion of a float32 product to the float64 total, the second factor, the triangle.
+// Never materialised: the promoted product, the product of the factors.
+#include "../common/stable.h"
+#include "../common/vec.h"
+#include "kernel.h"
+
+namespace sdfast::gram {
+namespace {
+
+template <class To, class From>
+SDFAST_INLINE void add(To* total, const From* product, const From* factor, int64_t count) {
+  using Wide = std::conditional_t<sizeof(To) >= sizeof(From), To, From>;
+  if (factor) {
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j)
+      total[j] += static_cast<To>(static_cast<Wide>(product[j]) * static_cast<Wide>(factor[j]));
+  } else {
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) total[j] += static_cast<To>(product[j]);
+  }
+}
+
+template <class To, class From>
+SDFAST_CLONES void add_row(To* total, const From* product, const From* factor, int64_t count) {
+  add(total, product, factor, count);
+}
+
+template <class To, class From>
+void add_all(Tensor& total, const Tensor& product, const std::optional<Tensor>& factor, int64_t diagonal) {
+  const int64_t rows = total.size(0), columns = total.size(1);
+  To* to = total.mutable_data_ptr<To>();
+  const From* from = product.const_data_ptr<From>();
+  const From* other = factor ? factor->const_data_ptr<From>() : nullptr;
+  const int64_t to_stride = total.stride(0), from_stride = product.stride(0);
+  const int64_t other_stride = factor ? factor->stride(0) : 0;
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 32768 / (columns + 1)), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      add_row(to + i * to_stride, from + i * from_stride, other ? other + i * other_stride : nullptr,
+              columns_of(i, diagonal, columns));
+  });
+}
+
+void add_product(Tensor total, Tensor product, std::optional<Tensor> factor, std::optional<int64_t> diagonal) {
+  const int64_t last = diagonal ? *diagonal : kAll;
+  const bool wide = total.scalar_type() == ScalarType::Double;
+  if (product.scalar_type() == ScalarType::Double)
+    wide ? add_all<double, double>(total, product, factor, last) : add_all<float, double>(total, product, factor, last);
+  else
+    wide ? add_all<double, float>(total, product, factor, last) : add_all<float, float>(total, product, factor, last);
+}
+
+}  // namespace
+}  // namespace sdfast::gram
+
+STABLE_TORCH_LIBRARY_IMPL(sdfast, CPU, m) { m.impl("_gram_add", TORCH_BOX(&sdfast::gram::add_product)); }
