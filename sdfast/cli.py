@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except (ValueError, NotImplementedError) as error:
         return _report(name, error, 2)
-    except (OSError, FloatingPointError, RuntimeError, MemoryError) as error:
+    except (OSError, FloatingPointError, RuntimeError, MemoryError, ImportError) as error:
         return _report(name, error, 1)
 
 

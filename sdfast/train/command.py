@@ -14,8 +14,16 @@ import numpy as np
 import torch
 
 from sdfast import _dispatch, _files, plots, report
-from sdfast.data import DATASETS, Batches, Dataset, NoisyLabels, flip_labels, load_dataset
-from sdfast.models import mlp
+from sdfast.data import (
+    Dataset,
+    NoisyLabels,
+    dataset_names,
+    evaluation_batches,
+    flip_labels,
+    load_dataset,
+    training_batches,
+)
+from sdfast.models.registry import MODELS, flat_mlp, make_model
 from sdfast.ops.self_distillation import AdaptiveAlpha
 from sdfast.ops.self_distillation.arguments import is_no_op
 from sdfast.ops.self_distillation.description import LOSSES
@@ -36,8 +44,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.set_defaults(when_interrupted="; the same command with --resume continues")
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", choices=sorted(DATASETS), default="digits", help="what to learn")
-    data.add_argument("--test-fraction", type=float, default=0.25, help="share held out for testing")
+    data.add_argument("--dataset", choices=dataset_names(), default="digits", help="what to learn")
+    data.add_argument(
+        "--data", type=Path, metavar="DIR", help="folder of cifar10, cifar100, fashion_mnist, or your own"
+    )
+    data.add_argument("--download", action="store_true", help="let torchvision fetch what is not in that folder")
+    data.add_argument(
+        "--test-fraction", type=float, help="share held out for testing where it is drawn (default: 0.25)"
+    )
+    data.add_argument("--no-augment", action="store_true", help="do not shift and mirror uint8 pictures")
     data.add_argument("--noise", type=float, default=0.0, help="probability with which a training label is chosen")
     data.add_argument(
         "--noise-kind",
@@ -83,7 +98,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--momentum", type=float, default=0.9, help="of SGD")
     training.add_argument("--weight-decay", type=float, default=0.0, help="of SGD")
     training.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help="of the learning rate")
-    training.add_argument("--hidden", type=int, nargs="*", default=[256, 256], help="widths of the hidden layers")
+    training.add_argument("--model", default="mlp", help=f"module:function of your own, or {', '.join(sorted(MODELS))}")
+    training.add_argument("--hidden", type=int, nargs="*", default=[256, 256], help="mlp: widths of the hidden layers")
     training.add_argument("--seed", type=int, default=0, help="of the split, the noise, the weights and the order")
     training.add_argument("--device", default="cpu", help="where to train")
     training.add_argument("--amp", choices=tuple(AMP_DTYPES), help="mixed precision")
@@ -116,7 +132,15 @@ def run(arguments: argparse.Namespace) -> int:
         take_settings(arguments, epochs_done)
     check_arguments(arguments)
     with named_as_flags():
-        data = load_dataset(arguments.dataset, test_fraction=arguments.test_fraction, seed=arguments.seed)
+        data = load_dataset(
+            arguments.dataset,
+            test_fraction=arguments.test_fraction,
+            seed=arguments.seed,
+            folder=arguments.data,
+            download=arguments.download,
+        )
+        if arguments.no_augment and data.train_inputs.dtype is not torch.uint8:
+            raise ValueError(f"--no-augment: {arguments.dataset} holds no uint8 pictures, which alone are augmented")
         noise = _noisy_labels(arguments, data)
         distiller = _distiller(arguments, data)
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -164,8 +188,9 @@ def _run(arguments: argparse.Namespace, data: Dataset, noise: NoisyLabels, disti
 
 def _fit(arguments: argparse.Namespace, distiller: SelfDistiller, data: Dataset, noise: NoisyLabels) -> History:
     seed, device = arguments.seed, distiller.device
-    train = Batches(data.train_inputs, noise.labels, arguments.batch_size, seed=seed, device=device, with_indices=True)
-    test = Batches(data.test_inputs, data.test_labels, 4096, shuffle=False, device=device)
+    augment = not arguments.no_augment
+    train = training_batches(data, noise.labels, arguments.batch_size, seed=seed, device=device, augment=augment)
+    test = evaluation_batches(data, device=device)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="self_distillation_loss: with source=None")  # said by _say_if_no_op
         return distiller.fit(
@@ -217,7 +242,12 @@ def _noisy_labels(arguments: argparse.Namespace, data: Dataset) -> NoisyLabels:
 
 def _distiller(arguments: argparse.Namespace, data: Dataset) -> SelfDistiller:
     torch.manual_seed(arguments.seed)
-    model = mlp((data.train_inputs[0].numel(), *arguments.hidden, data.num_classes))
+    shape = tuple(data.train_inputs.shape[1:])
+    model: torch.nn.Module
+    if arguments.model == "mlp":
+        model = flat_mlp(shape, arguments.hidden, data.num_classes)
+    else:
+        model = make_model(arguments.model, shape, data.num_classes)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=arguments.lr, momentum=arguments.momentum, weight_decay=arguments.weight_decay
     )

@@ -14,10 +14,17 @@ SETTINGS = "settings.json"
 MAX_WIDTH = 65536  # of a hidden layer: two of them are 16 GiB
 
 # Options that do not change the result, and so are no settings of a run.
-_NO_SETTINGS = ("command", "run", "when_interrupted", "given", "output", "resume", "json", "no_progress")
+_NO_SETTINGS = (
+    "command", "run", "when_interrupted", "given", "output", "resume", "json", "no_progress", "download",
+)  # fmt: skip
 
 # Arguments of the library whose flag has another name.
-_FLAGS = {"ratio": "alpha-ratio", "rate": "noise", "convention": "noise-convention", "transition": "noise-transition"}
+_FLAGS = {
+    "ratio": "alpha-ratio", "rate": "noise", "convention": "noise-convention", "transition": "noise-transition",
+    "folder": "data",
+}  # fmt: skip
+_SAME = ("backend", "device", "amp", "seed", "test_fraction", "alpha", "temperature", "model", "download")
+_PATHS = ("noise_transition", "data")
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -55,7 +62,7 @@ def take_settings(arguments: argparse.Namespace, epochs_done: int) -> None:
         )
     for name in saved.keys() - arguments.given:
         value = saved[name]
-        setattr(arguments, name, Path(value) if name == "noise_transition" and value is not None else value)
+        setattr(arguments, name, Path(value) if name in _PATHS and value is not None else value)
     for name, other in (("alpha", "alpha_ratio"), ("alpha_ratio", "alpha")):
         if name in arguments.given:
             setattr(arguments, other, None)
@@ -90,6 +97,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--hidden: got {arguments.hidden}, wanted widths of at least 1")
     if any(width > MAX_WIDTH for width in arguments.hidden):
         raise ValueError(f"--hidden: got {max(arguments.hidden)}, wanted widths of at most {MAX_WIDTH}")
+    if arguments.model != "mlp" and "hidden" in arguments.given:
+        raise ValueError(f"--hidden: are widths of --model mlp, not of {arguments.model}")
     if arguments.alpha is not None:
         _check_float32("alpha", arguments.alpha)
     if arguments.label_fn == "identity" and arguments.loss != "mse":
@@ -132,8 +141,9 @@ def named_as_flags() -> Iterator[None]:
         yield
     except (ValueError, NotImplementedError) as error:
         name, rest = re.match(r"(\w*)(.*)", str(error), re.DOTALL).groups()  # type: ignore[union-attr]
-        known = name in _FLAGS or name in ("backend", "device", "amp", "seed", "test_fraction", "alpha", "temperature")
+        known = name in _FLAGS or name in _SAME
         rest = re.sub(r"^='(\w+)'", r" \1", rest)  # backend='cuda': as it is typed
+        rest = rest.replace("download=True", "--download")
         raise type(error)(f"{flag(name)}{rest}" if known else str(error)) from None
 
 
