@@ -4,6 +4,7 @@ import importlib.util
 import io
 import math
 import os
+import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,12 +18,12 @@ VERMILLION, BLUE, GREEN, ORANGE, GREY = "#D55E00", "#0072B2", "#009E73", "#E69F0
 
 
 class Curve(NamedTuple):
-    """One method over the epochs.
+    """One method over the epochs, or whatever the panel's horizontal axis is.
 
     Attributes:
         name: As the picture shows it.
         color: Of the line and its band.
-        runs: (runs, epochs) values; the line is their mean, the band their smallest to largest.
+        runs: (runs, epochs) values; the line is their mean, the band their smallest to largest, or what the panel says.
     """
 
     name: str
@@ -38,12 +39,18 @@ class Panel(NamedTuple):
         curves: Drawn in this order, each named at its end.
         level: A horizontal line to compare with, or ``None``.
         level_name: What that line is.
+        x_name: What the horizontal axis is.
+        xs: Its values; ``None`` counts from 1.
+        deviation: The band is mean ± standard deviation, not smallest to largest.
     """
 
     title: str
     curves: Sequence[Curve]
     level: float | None = None
     level_name: str = ""
+    x_name: str = "epoch"
+    xs: Sequence[float] | None = None
+    deviation: bool = False
 
 
 def why_not() -> str | None:
@@ -135,15 +142,20 @@ def _new_figure(width: float, height: float) -> Any:
 
 
 def _draw_panel(axes: Any, panel: Panel) -> None:
-    _style(axes, panel.title)
+    _style(axes, panel.title, panel.x_name)
     for curve in panel.curves:
         columns = [[100 * value for value in column] for column in zip(*curve.runs, strict=True)]
-        epochs = range(1, len(columns) + 1)
+        xs = range(1, len(columns) + 1) if panel.xs is None else panel.xs
         means = [sum(column) / len(column) for column in columns]
-        axes.fill_between(epochs, [*map(min, columns)], [*map(max, columns)], color=curve.color, alpha=0.2, linewidth=0)
-        axes.plot(epochs, means, color=curve.color, linewidth=2)
+        low, high = [*map(min, columns)], [*map(max, columns)]
+        if panel.deviation:
+            spread = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns]
+            low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
+        axes.fill_between(xs, low, high, color=curve.color, alpha=0.2, linewidth=0)
+        axes.plot(xs, means, color=curve.color, linewidth=2, marker="o" if len(columns) < 16 else None, markersize=4)
     last = max((len(run) for curve in panel.curves for run in curve.runs), default=1)
-    axes.set_xlim(0, max(last, 2))
+    if panel.xs is None:
+        axes.set_xlim(0, max(last, 2))
     axes.set_ylim(_lower_end(panel), 101.5)
     axes.yaxis.set_major_formatter("{x:.0f} %")
     if panel.level is not None:
@@ -166,7 +178,8 @@ def _lower_end(panel: Panel) -> float:
     """The bottom of the axis: the later curves fill it, the first epochs may leave it."""
     later = [100 * value for curve in panel.curves for run in curve.runs for value in run[min(4, len(run) - 1) :]]
     levels = [] if panel.level is None else [100 * panel.level]
-    return max(0.0, 10 * math.floor((min(later + levels) - 4) / 10))
+    low = min((value for value in later + levels if math.isfinite(value)), default=0.0)
+    return max(0.0, 10 * math.floor((low - 4) / 10))
 
 
 def _label_curves(axes: Any, panel: Panel) -> None:
@@ -190,9 +203,9 @@ def _label_curves(axes: Any, panel: Panel) -> None:
         )
 
 
-def _style(axes: Any, title: str) -> None:
+def _style(axes: Any, title: str, x_name: str = "epoch") -> None:
     axes.set_title(title, fontsize=11, loc="left", color="#202124")
-    axes.set_xlabel("epoch", fontsize=10, color=GREY)
+    axes.set_xlabel(x_name, fontsize=10, color=GREY)
     axes.grid(axis="y", color="#E4E6E9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=GREY, length=0)
