@@ -17,6 +17,8 @@ COMMANDS = {
         "train on labels of which 40 % were redrawn at random, with and without self-distillation",
     ),
     "train": ("sdfast.train.command", "train a classifier on labels mixed with its own predictions"),
+    "rounds": ("sdfast.train.rounds_command", "train networks on one another's predictions, round after round"),
+    "teacher": ("sdfast.train.teacher_command", "find the epoch at which a teacher teaches best"),
     "hilbert": ("sdfast.hilbert.command", "rounds of self-distillation on a kernel, and the one to stop at"),
     "doctor": ("sdfast.doctor", "say what is installed, what runs where, and what to install for more"),
 }

@@ -2,40 +2,29 @@
 
 import argparse
 import json
-import os
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from sdfast import _dispatch, _files, plots, report
-from sdfast.data import (
-    Dataset,
-    NoisyLabels,
-    dataset_names,
-    evaluation_batches,
-    flip_labels,
-    load_dataset,
-    training_batches,
-)
-from sdfast.models.registry import MODELS, flat_mlp, make_model
+from sdfast import _dispatch, _files, _locks, plots, report
+from sdfast.data import Dataset, NoisyLabels, evaluation_batches, training_batches
 from sdfast.ops.self_distillation import AdaptiveAlpha
 from sdfast.ops.self_distillation.arguments import is_no_op
 from sdfast.ops.self_distillation.description import LOSSES
 from sdfast.train.checkpoint import read
+from sdfast.train.data_flags import (
+    add_data_arguments,
+    add_model_arguments,
+    load_data,
+    model_maker,
+    noisy_labels,
+)
 from sdfast.train.flags import SETTINGS, check_arguments, describe, named_as_flags, settings_of, take_settings
 from sdfast.train.history import History, strict_number
 from sdfast.train.self_distiller import AMP_DTYPES, SelfDistiller
-
-try:
-    import fcntl
-except ModuleNotFoundError:  # not POSIX
-    fcntl = None  # type: ignore[assignment]
 
 LABEL_FUNCTIONS = ("hardmax", "softmax", "identity")
 
@@ -43,33 +32,7 @@ LABEL_FUNCTIONS = ("hardmax", "softmax", "identity")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.set_defaults(when_interrupted="; the same command with --resume continues")
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset", choices=dataset_names(), default="digits", help="what to learn")
-    data.add_argument(
-        "--data", type=Path, metavar="DIR", help="folder of cifar10, cifar100, fashion_mnist, or your own"
-    )
-    data.add_argument("--download", action="store_true", help="let torchvision fetch what is not in that folder")
-    data.add_argument(
-        "--test-fraction", type=float, help="share held out for testing where it is drawn (default: 0.25)"
-    )
-    data.add_argument("--no-augment", action="store_true", help="do not shift and mirror uint8 pictures")
-    data.add_argument("--noise", type=float, default=0.0, help="probability with which a training label is chosen")
-    data.add_argument(
-        "--noise-kind",
-        choices=("symmetric", "asymmetric", "pair"),
-        default="symmetric",
-        help="what it becomes",
-    )
-    data.add_argument(
-        "--noise-convention",
-        choices=("all", "others"),
-        default="all",
-        help="symmetric: drawn from which classes",
-    )
-    data.add_argument(
-        "--noise-transition", type=Path, metavar="FILE", help="asymmetric: a text file of C lines of C probabilities"
-    )
-    data.add_argument("--noise-exact", action="store_true", help="choose exactly that share of the labels")
+    add_data_arguments(parser)
 
     loss = parser.add_argument_group("loss")
     alpha = loss.add_mutually_exclusive_group()
@@ -98,8 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--momentum", type=float, default=0.9, help="of SGD")
     training.add_argument("--weight-decay", type=float, default=0.0, help="of SGD")
     training.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help="of the learning rate")
-    training.add_argument("--model", default="mlp", help=f"module:function of your own, or {', '.join(sorted(MODELS))}")
-    training.add_argument("--hidden", type=int, nargs="*", default=[256, 256], help="mlp: widths of the hidden layers")
+    add_model_arguments(training)
     training.add_argument("--seed", type=int, default=0, help="of the split, the noise, the weights and the order")
     training.add_argument("--device", default="cpu", help="where to train")
     training.add_argument("--amp", choices=tuple(AMP_DTYPES), help="mixed precision")
@@ -132,37 +94,12 @@ def run(arguments: argparse.Namespace) -> int:
         take_settings(arguments, epochs_done)
     check_arguments(arguments)
     with named_as_flags():
-        data = load_dataset(
-            arguments.dataset,
-            test_fraction=arguments.test_fraction,
-            seed=arguments.seed,
-            folder=arguments.data,
-            download=arguments.download,
-        )
-        if arguments.no_augment and data.train_inputs.dtype is not torch.uint8:
-            raise ValueError(f"--no-augment: {arguments.dataset} holds no uint8 pictures, which alone are augmented")
-        noise = _noisy_labels(arguments, data)
+        data = load_data(arguments)
+        noise = noisy_labels(arguments, data, arguments.seed)
         distiller = _distiller(arguments, data)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    with _locked(arguments.output):
+    with _locks.held(arguments.output, "sdfast train"):
         return _run(arguments, data, noise, distiller)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds a folder against a second run in it, where the system has such locks; a run that dies lets go of it."""
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"--output: another sdfast train is at work in {folder}") from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _run(arguments: argparse.Namespace, data: Dataset, noise: NoisyLabels, distiller: SelfDistiller) -> int:
@@ -214,40 +151,9 @@ def _say_if_no_op(arguments: argparse.Namespace) -> None:
         )
 
 
-def _noisy_labels(arguments: argparse.Namespace, data: Dataset) -> NoisyLabels:
-    transition = None
-    if arguments.noise_transition is not None:
-        if not arguments.noise_transition.is_file():
-            raise ValueError(f"--noise-transition: there is no file {arguments.noise_transition}")
-        try:
-            text = arguments.noise_transition.read_text(encoding="utf-8")
-            if not text.strip():
-                raise ValueError("is empty")
-            delimiter = "," if "," in text.partition("\n")[0] else None
-            matrix = np.loadtxt(text.splitlines(), delimiter=delimiter, ndmin=2)
-        except ValueError as error:
-            raise ValueError(f"--noise-transition: {arguments.noise_transition}: {error}") from None
-        transition = torch.from_numpy(matrix)
-    return flip_labels(
-        data.train_labels,
-        arguments.noise,
-        data.num_classes,
-        arguments.noise_kind,
-        convention=arguments.noise_convention,
-        transition=transition,
-        exact=arguments.noise_exact,
-        generator=torch.Generator().manual_seed(arguments.seed),
-    )
-
-
 def _distiller(arguments: argparse.Namespace, data: Dataset) -> SelfDistiller:
     torch.manual_seed(arguments.seed)
-    shape = tuple(data.train_inputs.shape[1:])
-    model: torch.nn.Module
-    if arguments.model == "mlp":
-        model = flat_mlp(shape, arguments.hidden, data.num_classes)
-    else:
-        model = make_model(arguments.model, shape, data.num_classes)
+    model = model_maker(arguments, data)()
     optimizer = torch.optim.SGD(
         model.parameters(), lr=arguments.lr, momentum=arguments.momentum, weight_decay=arguments.weight_decay
     )

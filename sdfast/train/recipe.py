@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from sdfast import _checks
+from sdfast import _checks, _devices
 from sdfast.data.batches import Batches
 from sdfast.data.images import evaluation_batches, training_batches
 from sdfast.data.parts import Dataset
@@ -59,6 +59,7 @@ class Recipe:
             if not _checks.is_number(value) or not 0 <= value < float("inf"):
                 raise ValueError(f"{name}: got {value!r}, wanted a finite number >= 0")
         _checks.check_option("schedule", self.schedule, SCHEDULES)
+        _devices.usable(self.device)
 
     def distiller(
         self, model: nn.Module, *, alpha: float | AdaptiveAlpha = 1.0, loss: str = "cross_entropy"
