@@ -20,6 +20,7 @@ COMMANDS = {
     "rounds": ("sdfast.train.rounds_command", "train networks on one another's predictions, round after round"),
     "teacher": ("sdfast.train.teacher_command", "find the epoch at which a teacher teaches best"),
     "hilbert": ("sdfast.hilbert.command", "rounds of self-distillation on a kernel, and the one to stop at"),
+    "reproduce": ("sdfast.experiments.reproduce", "run the papers' figures and tables, and say what agrees"),
     "doctor": ("sdfast.doctor", "say what is installed, what runs where, and what to install for more"),
 }
 

@@ -42,6 +42,8 @@ class Panel(NamedTuple):
         x_name: What the horizontal axis is.
         xs: Its values; ``None`` counts from 1.
         deviation: The band is mean ± standard deviation, not smallest to largest.
+        percent: The values are fractions, shown in per cent; otherwise they are shown as they are.
+        log_x: The horizontal axis is logarithmic.
     """
 
     title: str
@@ -51,6 +53,13 @@ class Panel(NamedTuple):
     x_name: str = "epoch"
     xs: Sequence[float] | None = None
     deviation: bool = False
+    percent: bool = True
+    log_x: bool = False
+
+    @property
+    def scale(self) -> float:
+        """From a value to what is drawn."""
+        return 100.0 if self.percent else 1.0
 
 
 def why_not() -> str | None:
@@ -73,12 +82,12 @@ def png(figure: Any) -> bytes:
 
 
 def comparison(title: str, subtitle: str, panels: Sequence[Panel]) -> Any:
-    """Percentages over the epochs, panels side by side.
+    """Curves over the epochs or anything else, panels side by side.
 
     Args:
         title: Of the whole picture: what it shows.
         subtitle: On what, in smaller print.
-        panels: From left to right; their curves hold fractions, drawn as percentages.
+        panels: From left to right.
 
     Returns:
         A matplotlib figure.
@@ -144,7 +153,7 @@ def _new_figure(width: float, height: float) -> Any:
 def _draw_panel(axes: Any, panel: Panel) -> None:
     _style(axes, panel.title, panel.x_name)
     for curve in panel.curves:
-        columns = [[100 * value for value in column] for column in zip(*curve.runs, strict=True)]
+        columns = [[panel.scale * value for value in column] for column in zip(*curve.runs, strict=True)]
         xs = range(1, len(columns) + 1) if panel.xs is None else panel.xs
         means = [sum(column) / len(column) for column in columns]
         low, high = [*map(min, columns)], [*map(max, columns)]
@@ -156,13 +165,18 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
     last = max((len(run) for curve in panel.curves for run in curve.runs), default=1)
     if panel.xs is None:
         axes.set_xlim(0, max(last, 2))
-    axes.set_ylim(_lower_end(panel), 101.5)
-    axes.yaxis.set_major_formatter("{x:.0f} %")
+    if panel.log_x:
+        axes.set_xscale("log")
+    if panel.percent:
+        axes.set_ylim(_lower_end(panel), 101.5)
+        axes.yaxis.set_major_formatter("{x:.0f} %")
+    else:
+        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     if panel.level is not None:
-        axes.axhline(100 * panel.level, color=GREY, linestyle=(0, (4, 3)), linewidth=1)
+        axes.axhline(panel.scale * panel.level, color=GREY, linestyle=(0, (4, 3)), linewidth=1)
         axes.annotate(
             panel.level_name,
-            (1, 100 * panel.level),
+            (1, panel.scale * panel.level),
             xycoords=("axes fraction", "data"),
             xytext=(-4, -14),
             textcoords="offset points",
@@ -186,12 +200,12 @@ def _label_curves(axes: Any, panel: Panel) -> None:
     """Each curve's name and last value stand where it ends, moved apart where they would meet."""
     low, high = axes.get_ylim()
     gap = 0.13 * (high - low)
-    ends = sorted((100 * sum(run[-1] for run in curve.runs) / len(curve.runs), curve) for curve in panel.curves)
+    ends = sorted((panel.scale * sum(run[-1] for run in curve.runs) / len(curve.runs), curve) for curve in panel.curves)
     height = -math.inf
     for value, curve in ends:
         height = max(value, height + gap, low)
         axes.annotate(
-            f"{curve.name}\n{value:.1f} %",
+            f"{curve.name}\n{value:.1f} %" if panel.percent else f"{curve.name}\n{value:.3g}",
             (1, height),
             xycoords=("axes fraction", "data"),
             xytext=(7, 0),
