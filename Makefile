@@ -3,6 +3,7 @@
 # Everything runs in .venv, made on first use from python3 and the pinned versions in constraints.txt.
 #   make demo TORCH="torch==2.12.1"       another torch (a version or build that is already there is kept)
 #   make test PYTEST_ARGS="-k gradcheck"  some tests
+#   make wheel PYTHONS="python3.12 ..."   the secular solver for these interpreters too
 #   make bench BENCH_ARGS="self_distillation --group 128x10"
 
 PYTHON ?= python3
@@ -47,20 +48,23 @@ format: $(INSTALLED)
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 # A wheel for every Python 3 on this platform; torch stays outside. Release wheels are made in a manylinux container.
+# The secular solver is one interpreter's: it is built for the one of .venv and those of PYTHONS; others use NumPy.
+PYTHONS ?=
 wheel: $(INSTALLED)
-	rm -rf build/wheel dist
-	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	rm -rf build/lib* build/wheel dist
+	SDFAST_PYTHONS="$(PYTHONS)" $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude "libtorch*" --exclude "libc10*" \
 		--exclude "libcudart*" --wheel-dir dist build/wheel/*.whl
 
 # Every CUDA file for every architecture, against the installed torch's headers: needs nvcc, no GPU and no CUDA torch.
+# The secular solver's header among them: CuPy compiles it at run time.
 NVCC ?= nvcc
 CUDA_ARCHS ?= 80 90 100
 cuda-compile: $(INSTALLED)
 	mkdir -p build/cuda
-	@for file in csrc/*/*.cu; do for arch in $(CUDA_ARCHS); do \
+	@for file in csrc/*/*.cu csrc/secular/secular.h; do for arch in $(CUDA_ARCHS); do \
 		echo "$$file sm_$$arch"; \
-		$(NVCC) -c $$file -o build/cuda/$$(basename $$(dirname $$file)).$$arch.o -gencode arch=compute_$$arch,code=sm_$$arch \
+		$(NVCC) -x cu -c $$file -o build/cuda/$$(basename $$(dirname $$file)).$$arch.o -gencode arch=compute_$$arch,code=sm_$$arch \
 			-O3 -std=c++17 --expt-relaxed-constexpr -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000 \
 			-I$$($(BIN)/python -c "import torch; print(torch.__path__[0])")/include -Xcompiler -fPIC || exit 1; \
 	done; done

@@ -4,6 +4,7 @@ The secular solver joins them where pybind11 is. All else stands in pyproject.to
 
     SDFAST_NATIVE=0       a pure-Python package
     SDFAST_CUDA=1 / 0     demand / forbid the CUDA library (default: built where it can be; no GPU is asked for)
+    SDFAST_PYTHONS        other interpreters to build the secular solver for, by name or path: "python3.12 python3.13"
     SDFAST_CUDA_ARCHS     compute capabilities, default "8.0;9.0;10.0;12.0+PTX"
     MAX_JOBS              parallel compilers (default: limited by cores and free memory)
 """
@@ -16,7 +17,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).parent
@@ -68,17 +69,29 @@ def why_no_cuda(torch) -> str | None:
     return None
 
 
-def secular_solver() -> list[Extension]:
-    """The torch-free solver of `sdfast.hilbert`, for this Python alone; others use the NumPy version."""
+SECULAR_FLAGS = [*FLAGS[:2], "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-fvisibility=hidden", "-pthread"]
+
+
+def build_secular_solver(python: str, folder: Path) -> None:
+    """The torch-free solver of `sdfast.hilbert` for one interpreter, of which only the headers are needed."""
     try:
         import pybind11
     except ImportError:
         print("sdfast: no native secular solver: pybind11 is not installed")
-        return []
-    flags = [*FLAGS[:2], "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-fvisibility=hidden", "-pthread"]
-    common = {"include_dirs": [pybind11.get_include()], "depends": ["csrc/secular/secular.h"], "language": "c++"}
-    common |= {"extra_compile_args": flags, "extra_link_args": ["-s"]}
-    return [Extension("sdfast._secular", ["csrc/secular/bindings.cpp"], **common)]
+        return
+    ask = "import sysconfig; print(sysconfig.get_path('include'), sysconfig.get_config_var('EXT_SUFFIX'), sep='\\n')"
+    try:
+        said = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        sys.exit(f"sdfast: SDFAST_PYTHONS: {python} cannot be run: {error}")
+    include, suffix = said.splitlines()
+    if not (Path(include) / "Python.h").exists():
+        sys.exit(f"sdfast: SDFAST_PYTHONS: {python} has no headers: there is no {include}/Python.h")
+    target = folder / f"_secular{suffix}"
+    command = [os.environ.get("CXX", "g++"), *SECULAR_FLAGS, "-fPIC", "-shared", "-s", f"-I{include}"]
+    command += [f"-I{pybind11.get_include()}", str(ROOT / "csrc/secular/bindings.cpp"), "-o", str(target)]
+    print(f"sdfast: building {target.name}")
+    subprocess.run(command, check=True)
 
 
 def limit_jobs(gigabytes_per_job: float) -> None:
@@ -123,13 +136,13 @@ def native_libraries() -> dict:
                 name, sources("csrc/*/cuda.cu"), extra_compile_args=arguments, extra_link_args=["-s"], **common
             )
         )
-    extensions += secular_solver()
 
-    class BuildLibraries(BuildExtension):
-        def get_ext_filename(self, fullname: str) -> str:
-            """The torch libraries fit every Python, the solver one."""
-            self.no_python_abi_suffix = not fullname.endswith("_secular")
-            return super().get_ext_filename(fullname)
+    class BuildLibraries(BuildExtension.with_options(no_python_abi_suffix=True)):  # they fit every Python
+        def run(self) -> None:
+            """The libraries, then the solver for this Python and for the others that are named."""
+            super().run()
+            for python in (sys.executable, *os.environ.get("SDFAST_PYTHONS", "").split()):
+                build_secular_solver(python, Path(self.get_ext_fullpath("sdfast._secular")).parent)
 
     limit_jobs(4.0 if reason is None else 1.0)
     print(f"sdfast: building {', '.join(e.name for e in extensions)} for torch >= 2.10; CUDA: {reason or 'yes'}")

@@ -34,7 +34,7 @@ def run_benchmarks(operation: str, groups: list[str]) -> list[dict]:
         if quiet.returncode:
             sys.stderr.write(quiet.stdout)
             raise SystemExit(quiet.returncode)
-        return json.loads(output.read_text())["benchmarks"]
+        return json.loads(output.read_text())["benchmarks"] if output.exists() else []
 
 
 def combine(benchmarks: list[dict]) -> list[dict]:
@@ -42,11 +42,11 @@ def combine(benchmarks: list[dict]) -> list[dict]:
     rows: dict[tuple[str, str], dict] = {}
     for benchmark in benchmarks:
         about = dict(benchmark["extra_info"])
-        name, _ = about.pop("name"), about.pop("turn")
+        name, _, steps = about.pop("name"), about.pop("turn"), about.pop("steps")
         row = rows.setdefault(
             (benchmark["group"], name), {"group": benchmark["group"], "name": name, **about, "turns": []}
         )
-        row["turns"].append(benchmark["stats"]["median"])
+        row["turns"].append(benchmark["stats"]["median"] / steps)
     return list(rows.values())
 
 
@@ -71,6 +71,9 @@ def main() -> None:
     if not arguments.report:
         for operation in arguments.operations or OPERATIONS:
             rows = combine(run_benchmarks(operation, arguments.group))
+            if not rows:
+                print(f"{operation}: nothing to time on this device")
+                continue
             run = {"environment": environment(f"make bench BENCH_ARGS={operation}"), "rows": rows}
             print_run(run, operation)
             if not arguments.group:

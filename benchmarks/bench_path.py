@@ -1,26 +1,37 @@
-"""The distillation path against what one would write instead: ``python -m benchmarks.bench_path [--record FILE]``.
+"""The distillation path on NumPy arrays, float64, against what one would write instead.
 
-After the eigendecomposition: all rounds of all outputs, each with its own ε, by the native solver, by its NumPy
-definition, by the Newton loop that a NumPy user writes, and by SciPy's brentq column by column. With it: `self_distill`
-against scikit-learn's KernelRidge chained round after round, its alpha found by brentq. Results are compared before
-anything is timed.
+`POINTSxOUTPUTSxROUNDS`: the multipliers alone, after the eigendecomposition; each output has its own ε, and no round
+collapses. Beside the native solver: its NumPy definition, the Newton loop that a NumPy user writes, and SciPy's brentq
+column by column. `gram-POINTSxROUNDS`: `self_distill` from the Gram matrix on, eigendecomposition included, against
+scikit-learn's KernelRidge chained round after round, its alpha found by brentq. Results are compared before they are
+timed; the peak is NumPy's, beside the inputs.
 """
 
-import argparse
-import json
+import functools
 import os
-import statistics
-import time
-from pathlib import Path
+import tracemalloc
 
 import numpy as np
+import pytest
 from scipy.optimize import brentq
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.metrics.pairwise import rbf_kernel
 
-from benchmarks.environment import environment
-from sdfast import _files
+from benchmarks.harness import DEVICE, Case, interleaved, measure
 from sdfast.hilbert import secular, self_distill
+
+pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="these arrays are NumPy's: no figure of a GPU's")
+
+MULTIPLIERS = {"1000x10x20": (1000, 10, 20), "10000x100x100": (10_000, 100, 100)}  # points, outputs, rounds
+FROM_GRAM = {"gram-300x10": (300, 10), "gram-2000x10": (2000, 10)}  # points, rounds
+LONG = ("10000x100x100", "gram-2000x10")  # whose peers take many seconds: one round a turn
+TURNS = 3
+
+PEERS = {"NumPy Newton loop": "NumPy Newton", "brentq": "brentq", "chained KernelRidge": "KernelRidge"}
+TARGETS = {
+    "10000x100x100": {"sdfast, 1 thread": (1 / 12, 1 / 100, None)},
+    "gram-2000x10": {"sdfast": (None, None, 1 / 5)},
+}
 
 
 def numpy_newton(d, w, rounds):
@@ -69,19 +80,10 @@ def chained_kernel_ridge(gram, y, epsilon, rounds):
     return np.array(found)
 
 
-def seconds(function, repeats):
-    """The median of a few runs after one that warms up."""
-    function()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
 def native(d, w, rounds, threads):
     """The native solver on that many threads."""
+    if reason := secular.why_not_native():
+        raise RuntimeError(reason)
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = str(threads)
     try:
@@ -90,76 +92,74 @@ def native(d, w, rounds, threads):
         os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
 
 
-def after_eigh(points, outputs, rounds, repeats):
-    """Rows of (name, seconds) for the multipliers alone."""
-    rng = np.random.default_rng(0)
-    d = np.sort(np.arange(1, points + 1) ** -1.5) / 10  # the decay of a Laplace kernel in two dimensions
-    w = rng.normal(size=(points, outputs)) ** 2
+SOLVERS = {
+    "sdfast": lambda d, w, rounds: native(d, w, rounds, len(os.sched_getaffinity(0))),
+    "sdfast, 1 thread": lambda d, w, rounds: native(d, w, rounds, 1),
+    "sdfast's NumPy definition": lambda d, w, rounds: secular.solve_path(d, w, rounds, backend="array")[0],
+    "NumPy Newton loop": numpy_newton,
+    "brentq, column by column": lambda d, w, rounds: np.stack([brentq_column(d, z, rounds) for z in w.T], axis=1),
+}
+CHAINS = {
+    "sdfast": lambda gram, y, epsilon, rounds: self_distill(gram, y, tolerance=epsilon, rounds=rounds).c,
+    "KernelRidge and brentq": chained_kernel_ridge,
+}
+
+
+@functools.lru_cache(maxsize=1)
+def multiplier_problem(group):
+    """Eigenvalues with the decay of a Laplace kernel in two dimensions, weights, and the multipliers."""
+    points, outputs, rounds = MULTIPLIERS[group]
+    d = np.sort(np.arange(1, points + 1) ** -1.5) / 10
+    w = np.random.default_rng(0).normal(size=(points, outputs)) ** 2
     w *= (1.5 * rounds) ** 2 / w.sum(0)  # r₀ = 1.5 rounds: no collapse within them
-    threads = len(os.sched_getaffinity(0))
-    wanted = numpy_newton(d, w, rounds)
-    for got in (
-        native(d, w, rounds, 1),
-        native(d, w, rounds, threads),
-        secular.solve_path(d, w, rounds, backend="array")[0],
-    ):
-        np.testing.assert_allclose(got, wanted, rtol=1e-7)
-    np.testing.assert_allclose(brentq_column(d, w[:, 0], rounds), wanted[:, 0], rtol=1e-6)
-    rows = {
-        "sdfast, 1 thread": seconds(lambda: native(d, w, rounds, 1), repeats),
-        f"sdfast, {threads} threads": seconds(lambda: native(d, w, rounds, threads), repeats),
-        "sdfast's NumPy definition": seconds(lambda: secular.solve_path(d, w, rounds, backend="array"), 1),
-        "NumPy Newton loop": seconds(lambda: numpy_newton(d, w, rounds), 1),
-        "brentq, one column × outputs": outputs * seconds(lambda: brentq_column(d, w[:, 0], rounds), 1),
-    }
-    group = f"after eigh: {points} points, {outputs} outputs, {rounds} rounds"
-    return [{"group": group, "name": name, "seconds": value} for name, value in rows.items()]
+    return d, w, rounds, numpy_newton(d, w, rounds)
 
 
-def with_eigh(points, rounds, repeats):
-    """Rows of (name, seconds) from the Gram matrix on."""
+@functools.lru_cache(maxsize=1)
+def gram_problem(group):
+    """A Gram matrix, labels, their tolerance, and the multipliers that meet it."""
+    points, rounds = FROM_GRAM[group]
     rng = np.random.default_rng(0)
     x = rng.normal(size=(points, 10))
     y = np.sin(x[:, 0]) + 0.5 * rng.normal(size=points)
-    gram = rbf_kernel(x, gamma=0.1)
-    epsilon = (y**2).mean() / (1.5 * rounds) ** 2
+    gram, epsilon = rbf_kernel(x, gamma=0.1), (y**2).mean() / (1.5 * rounds) ** 2
     path = self_distill(gram, y, tolerance=epsilon, rounds=rounds)
-    if path.infeasible or len(path) < rounds:
-        raise SystemExit(f"bench_path: the problem has {len(path)} of {rounds} rounds: {path.infeasible}")
-    np.testing.assert_allclose(chained_kernel_ridge(gram, y, epsilon, rounds), path.c, rtol=1e-4)
-    rows = {
-        "sdfast": seconds(lambda: self_distill(gram, y, tolerance=epsilon, rounds=rounds).predictions, repeats),
-        "KernelRidge and brentq": seconds(lambda: chained_kernel_ridge(gram, y, epsilon, rounds), 1),
-    }
-    group = f"with eigh: {points} points, {rounds} rounds"
-    return [{"group": group, "name": name, "seconds": value} for name, value in rows.items()]
+    if len(path) < rounds:
+        raise RuntimeError(f"{group}: the problem has {len(path)} fits: {path.infeasible}")
+    np.testing.assert_allclose(path.training_error, epsilon, rtol=1e-9)
+    return gram, y, epsilon, rounds, path.c
 
 
-def main():
-    """Prints the tables, and records the run where asked to."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--points", type=int, default=10_000)
-    parser.add_argument("--outputs", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=100)
-    parser.add_argument("--gram-points", type=int, default=2_000)
-    parser.add_argument("--gram-rounds", type=int, default=10)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--record", type=Path, help="write the run here as JSON")
-    arguments = parser.parse_args()
-    if reason := secular.why_not_native():
-        raise SystemExit(f"bench_path: {reason}")
-    rows = after_eigh(arguments.points, arguments.outputs, arguments.rounds, arguments.repeats)
-    rows += with_eigh(arguments.gram_points, arguments.gram_rounds, arguments.repeats)
-    group = ""
-    for row in rows:
-        if row["group"] != group:
-            group, first = row["group"], row["seconds"]
-            print(f"\n{group}")
-        print(f"  {row['name']:32} {row['seconds']:12.4f} s  {row['seconds'] / first:8.1f}x")
-    if arguments.record:
-        run = {"environment": environment("python -m benchmarks.bench_path"), "rows": rows}
-        _files.write_text(arguments.record, json.dumps(run, indent=1) + "\n")
+def ready(group, name, step, wanted):
+    """The row, its result compared and its memory measured in one run."""
+    tracemalloc.start()
+    try:
+        got = step()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_allclose(got, wanted, rtol=1e-4 if "brentq" in name else 1e-7)
+    about = {"dtype": "float64", "peak_bytes": peak}
+    return Case(step, rounds=1 if group in LONG else None, about=about)
 
 
-if __name__ == "__main__":
-    main()
+def prepare_multipliers(group, name):
+    """A row after the eigendecomposition."""
+    d, w, rounds, wanted = multiplier_problem(group)
+    return ready(group, name, lambda: SOLVERS[name](d, w, rounds), wanted)
+
+
+def prepare_from_gram(group, name):
+    """A row with it."""
+    *problem, wanted = gram_problem(group)
+    return ready(group, name, lambda: CHAINS[name](*problem), wanted)
+
+
+@interleaved(MULTIPLIERS, SOLVERS, TURNS)
+def test_multipliers(benchmark, group, turn, name):
+    measure(benchmark, group, turn, name, prepare_multipliers)
+
+
+@interleaved(FROM_GRAM, CHAINS, TURNS)
+def test_from_gram(benchmark, group, turn, name):
+    measure(benchmark, group, turn, name, prepare_from_gram)

@@ -8,6 +8,7 @@ import time
 import torch
 
 import sdfast
+from benchmarks.harness import DEVICE
 
 
 def device_name() -> str:
@@ -28,26 +29,29 @@ def _processor() -> str:
 
 
 def copy_rate(megabytes: int = 512) -> float:
-    """Bytes a second that a large copy moves, read and written bytes both counted: the median of nine."""
-    source = torch.ones(megabytes << 18)
+    """Bytes a second that a large copy moves, read and written bytes both counted."""
+    source = torch.ones(megabytes << 18, device=DEVICE)
     target = torch.zeros_like(source)
-    seconds = []
-    for _ in range(9):
-        start = time.perf_counter()
-        target.copy_(source)
-        seconds.append(time.perf_counter() - start)
-    return 2 * source.numel() * 4 / sorted(seconds)[4]
+    return 2 * source.numel() * 4 / seconds(lambda: target.copy_(source))
 
 
-def gemm_rate(size: int = 2048) -> float:
-    """FLOPs a second of a large float32 matrix product: the median of nine."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    seconds = []
+def gemm_rate() -> float:
+    """FLOPs a second of a large float32 matrix product."""
+    size = 2048 if DEVICE.type == "cpu" else 8192
+    a, b = torch.randn(size, size, device=DEVICE), torch.randn(size, size, device=DEVICE)
+    return 2 * size**3 / seconds(lambda: torch.mm(a, b))
+
+
+def seconds(step) -> float:
+    """The median of nine."""
+    times = []
     for _ in range(9):
         start = time.perf_counter()
-        torch.mm(a, b)
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / sorted(seconds)[4]
+        step()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[4]
 
 
 def environment(command: str) -> dict:

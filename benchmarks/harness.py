@@ -8,9 +8,11 @@ of the rows of which the fastest counts), ``TARGETS`` (group -> row -> one ratio
     def test_operation(benchmark, group, turn, name):
         measure(benchmark, group, turn, name, prepare)
 
-where ``prepare(group, name)`` checks the row against the reference and returns its `Case`.
+where ``prepare(group, name)`` checks the row against the reference and returns its `Case`; the tensors it makes live on
+`DEVICE` by themselves. On a GPU one timed round is many steps and one synchronisation.
 """
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -18,6 +20,7 @@ import pytest
 import torch
 
 TURNS = 7
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass
@@ -55,21 +58,45 @@ def measure(benchmark, group: str, turn: int, name: str, prepare: Callable[[str,
         _prepared.clear()
         torch._dynamo.reset()
     if name not in _prepared:
-        _prepared[name] = prepare(group, name)
-        _prepared[name].about["peak_bytes"] = peak_bytes(_prepared[name].step)
+        with DEVICE:
+            _prepared[name] = prepare(group, name)
+        if "peak_bytes" not in _prepared[name].about:  # measured by `prepare` where torch does not allocate
+            _prepared[name].about["peak_bytes"] = peak_bytes(_prepared[name].step)
     case = _prepared[name]
+    steps = 1 if DEVICE.type == "cpu" or case.rounds else steps_worth_a_synchronisation(case.step)
     benchmark.group = group
     benchmark.extra_info.update(
-        name=name, turn=turn, floor_bytes=case.floor_bytes, floor_flops=case.floor_flops, **case.about
+        name=name, turn=turn, steps=steps, floor_bytes=case.floor_bytes, floor_flops=case.floor_flops, **case.about
     )
+    timed = case.step if DEVICE.type == "cpu" else lambda: synchronised(case.step, steps)
     if case.rounds:
-        benchmark.pedantic(case.step, rounds=case.rounds, iterations=1, warmup_rounds=0)
+        benchmark.pedantic(timed, rounds=case.rounds, iterations=1, warmup_rounds=0)
     else:
-        benchmark(case.step)
+        benchmark(timed)
+
+
+def synchronised(step: Callable[[], object], steps: int) -> None:
+    """Launches so many steps and waits for all."""
+    for _ in range(steps):
+        step()
+    torch.cuda.synchronize()
+
+
+def steps_worth_a_synchronisation(step: Callable[[], object]) -> int:
+    """How many steps take about two milliseconds."""
+    synchronised(step, 3)
+    start = time.perf_counter()
+    synchronised(step, 10)
+    return max(1, round(0.002 / ((time.perf_counter() - start) / 10)))
 
 
 def peak_bytes(step: Callable[[], object]) -> int:
     """The most that torch's allocator holds during one step beyond what it held before."""
+    if DEVICE.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(profile_memory=True) as profile:
         step()
     held = peak = 0

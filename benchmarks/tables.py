@@ -43,9 +43,14 @@ def group_table(group: str, rows: list[dict], peers: dict[str, str], about: dict
     ]
     for row in rows:
         cells = [row["name"], time(median(row["turns"])), *rate_cells(row, about)]
-        cells += [f"{median(ratios(row, peer)):.2f}" if peer else "" for peer in against.values()]
+        cells += [shown(median(ratios(row, peer))) if peer else "" for peer in against.values()]
         lines.append(f"| {' | '.join(cells)} | {row['peak_bytes'] / 2**20:.1f} |")
     return lines
+
+
+def shown(ratio: float) -> str:
+    """Two decimals, or two digits where that would leave fewer."""
+    return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.2g}"
 
 
 def time(seconds: float) -> str:
@@ -82,10 +87,10 @@ def verdict(row: dict, peer: dict | None, target: float | None) -> str:
         return ""
     turns = sorted(ratios(row, peer))
     inner = turns[1:-1] or turns
-    measured = f"{median(turns):.2f} ({inner[0]:.2f}–{inner[-1]:.2f})"
+    measured = f"{shown(median(turns))} ({shown(inner[0])}–{shown(inner[-1])})"
     if target is None:
         return measured
-    return f"{measured}; target {target}: {'met' if median(turns) <= target else '**missed**'}"
+    return f"{measured}; target {target:.3g}: {'met' if median(turns) <= target else '**missed**'}"
 
 
 def print_run(run: dict, operation: str) -> None:

@@ -17,6 +17,7 @@ COMMANDS = {
         "train on labels of which 40 % were redrawn at random, with and without self-distillation",
     ),
     "train": ("sdfast.train.command", "train a classifier on labels mixed with its own predictions"),
+    "methods": ("sdfast.experiments.methods", "compare the published methods on the same noisy labels"),
     "rounds": ("sdfast.train.rounds_command", "train networks on one another's predictions, round after round"),
     "teacher": ("sdfast.train.teacher_command", "find the epoch at which a teacher teaches best"),
     "hilbert": ("sdfast.hilbert.command", "rounds of self-distillation on a kernel, and the one to stop at"),

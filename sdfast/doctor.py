@@ -6,16 +6,20 @@ import importlib.util
 import json
 import os
 import platform
+import sys
 import warnings
 from collections.abc import Callable
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import sdfast
 from sdfast import _dispatch, _native
+from sdfast.hilbert import secular
 from sdfast.ops.self_distillation import AdaptiveAlpha, self_distillation_loss
 
 PACKAGES = ("numpy", "torch", "triton", "scikit-learn", "tqdm", "matplotlib", "cupy")
@@ -37,16 +41,18 @@ def examine() -> dict[str, Any]:
     """Everything the command says, as plain values.
 
     Returns:
-        ``versions``, ``cuda_of_torch``, ``devices``, ``libraries``, ``operations`` (per device the automatic backend,
-        and per backend ``"works"`` or why not), ``broken`` (what is installed and fails) and ``advice``.
+        ``versions``, ``cuda_of_torch``, ``devices``, ``libraries``, ``secular_solver`` (of `sdfast.hilbert`),
+        ``operations`` (per device the automatic backend, and per backend ``"works"`` or why not), ``broken`` (what is
+        installed and fails) and ``advice``.
     """
     libraries = [_library(library) for library in (_native.CPU, _native.CUDA)]
+    solver = _secular_solver()
     devices = _devices()
     operations = {
         name: {device_type: _operation(check, device_type) for device_type in sorted({d["type"] for d in devices})}
         for name, check in OPERATIONS.items()
     }
-    broken = [library["reason"] for library in libraries if library["broken"]]
+    broken = [library["reason"] for library in (*libraries, solver) if library["broken"]]
     for name, by_device in operations.items():
         for device_type, found in by_device.items():
             broken += [
@@ -59,6 +65,7 @@ def examine() -> dict[str, Any]:
         "cuda_of_torch": torch.version.cuda,
         "devices": devices,
         "libraries": libraries,
+        "secular_solver": solver,
         "operations": operations,
         "broken": broken,
         "advice": _advice(devices),
@@ -72,6 +79,10 @@ def describe(findings: dict[str, Any]) -> str:
     lines += _indented([f"{device['name']}: {device['description']}" for device in findings["devices"]])
     lines += ["", "native libraries"]
     lines += _indented([f"{library['name']}: {library['reason'] or 'loaded'}" for library in findings["libraries"]])
+    solver = findings["secular_solver"]
+    native = f"native, for this Python, {solver['python']}"
+    without = f"NumPy: {solver['reason']}"
+    lines += _indented([f"secular solver of sdfast.hilbert: {native if solver['loaded'] else without}"])
     for name, by_device in findings["operations"].items():
         for device_type, found in by_device.items():
             lines += ["", f"{name} on {device_type} takes: {found['automatic']}"]
@@ -126,6 +137,20 @@ def _library(library: _native.NativeLibrary) -> dict[str, Any]:
     return {"name": library.name, "loaded": library.loaded, "reason": library.reason, "broken": broken}
 
 
+def _secular_solver() -> dict[str, Any]:
+    """The native secular solver is one Python's: whether it is this one's, and gives what the definition gives."""
+    reason = secular.why_not_native()
+    present = any((Path(_native.__file__).parent / f"_secular{suffix}").exists() for suffix in EXTENSION_SUFFIXES)
+    broken = present and reason is not None and os.environ.get("SDFAST_NATIVE") != "0"
+    if reason is None:
+        d, w = np.geomspace(1e-6, 1, 33), np.full((33, 2), 0.5)
+        ours, wanted = (secular.solve_path(d, w, 4, backend=backend)[0] for backend in ("native", "array"))
+        if ours.shape != wanted.shape or not np.allclose(ours, wanted, rtol=1e-9, atol=0):
+            reason, broken = "sdfast._secular gives other multipliers than its NumPy definition", True
+    python = sys.implementation.cache_tag
+    return {"name": "_secular", "python": python, "loaded": reason is None, "reason": reason, "broken": broken}
+
+
 def _operation(check: Callable[[str, str], str | None], device_type: str) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that it takes the reference is said right here
@@ -168,6 +193,8 @@ def _advice(devices: list[dict[str, str]]) -> list[str]:
         advice.append("fast CPU kernels: unset SDFAST_NATIVE")
     elif not _native.CPU.loaded:
         advice.append("fast CPU kernels: install sdfast again where a C++17 compiler (g++) is on the PATH")
+    if secular.why_not_native() is not None and os.environ.get("SDFAST_NATIVE") != "0":
+        advice.append("fast rounds on kernels: install sdfast again by this Python, with pybind11 and a C++ compiler")
     on_cuda = any(device["type"] == "cuda" for device in devices)
     if torch.version.cuda is None and torch.version.hip is None:
         advice.append("NVIDIA GPUs: install a CUDA build of torch, then sdfast again")

@@ -11,8 +11,9 @@ from benchmarks.harness import interleaved
 
 
 def measured(name, turn, seconds, group="8x3"):
-    about = {"name": name, "turn": turn, "floor_bytes": 96, "floor_flops": 0, "peak_bytes": 0}
-    return {"group": group, "extra_info": about, "stats": {"median": seconds}}
+    """What pytest-benchmark says of a row in one turn, two steps a round."""
+    about = {"name": name, "turn": turn, "steps": 2, "floor_bytes": 96, "floor_flops": 0, "peak_bytes": 0}
+    return {"group": group, "extra_info": about, "stats": {"median": 2 * seconds}}
 
 
 def test_a_ratio_is_the_median_of_the_turns_ratios():
@@ -26,6 +27,8 @@ def test_a_ratio_is_the_median_of_the_turns_ratios():
     assert tables.verdict(ours, peer, 0.5) == "0.50 (0.50–0.50); target 0.5: met"
     assert tables.verdict(ours, peer, 0.4).endswith("**missed**")
     assert tables.fastest([peer, ours], "") is ours
+    tiny = {"turns": [each / 100 for each in ours["turns"]]}
+    assert tables.verdict(tiny, peer, 1 / 12) == "0.005 (0.005–0.005); target 0.0833: met"
 
 
 def test_rows_take_turns():

@@ -367,3 +367,40 @@ def test_ctrl_c_is_one_line_and_exit_code_130(tmp_path):
     assert process.returncode == 130
     assert out == ""
     assert err == "sdfast train: interrupted; the same command with --resume continues\n"
+
+
+def test_train_by_a_method(capfd, tmp_path):
+    code, out, _ = train(capfd, tmp_path / "run", "--method", "elr", "--option", "strength=3", "momentum=0.7", "--json")
+    assert code == 0
+    assert json.loads(out)["settings"]["method"] == "elr"
+    code, _, err = train(capfd, tmp_path / "run", "--resume", "--method", "gce")
+    assert code == 2
+    assert "--method was elr and is gce" in err
+    code, out, _ = train(capfd, tmp_path / "pair", "--method", "co-teaching", "--option", "forget_rate=0.3")
+    assert code == 0
+    names = torch.load(tmp_path / "pair" / "model.pt", weights_only=True)
+    assert {name.split(".")[0] for name in names} == {"first", "second"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method", "elr", "--alpha", 0.5], "--alpha: got 0.5, but --method elr has a loss of its own"),
+        (["--method", "gce", "--label-fn", "softmax"], "--label-fn: got softmax, but --method gce"),
+        (["--option", "q=1"], "--option: q=1 is of a method, and there is no --method"),
+        (
+            ["--method", "gce", "--option", "p=1"],
+            "--option: got p=1, wanted NAME=VALUE with --method gce, NAME one of q",
+        ),
+        (["--method", "gce", "--option", "q"], "--option: got q, wanted NAME=VALUE"),
+        (["--method", "gce", "--option", "q=high"], "--option: got q=high, wanted a number after the ="),
+        (["--method", "gce", "--option", "q=7"], "q: got 7, wanted a number in (0, 1]"),
+        (["--method", "co-teaching"], "--option: --method co-teaching wants forget_rate=VALUE, which has no default"),
+        (["--method", "cross-entropy", "--option", "a=1"], "NAME none: it has no options"),
+    ],
+)
+def test_train_refuses_a_method_in_one_line(capfd, tmp_path, words, message):
+    code, _, err = train(capfd, tmp_path / "run", *words)
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1

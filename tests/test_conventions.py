@@ -26,7 +26,7 @@ def test_enumerations_of_python_and_cpp_agree():
     from sdfast.ops.self_distillation import description
 
     kernel = (ROOT / "csrc" / "self_distillation" / "kernel.h").read_text()
-    for table in (description.LABEL_FUNCTIONS, description.LOSSES, description.REDUCTIONS):
+    for table in (description.LABEL_FUNCTIONS, description.LOSSES, description.MIXINGS, description.REDUCTIONS):
         for name, code in table.items():
             constant = "k" + "".join(part.capitalize() for part in name.split("_"))
             assert re.search(rf"\b{constant} = {code}\b", kernel), f"{constant} = {code} is not in kernel.h"

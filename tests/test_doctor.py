@@ -5,13 +5,16 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import sdfast
 from sdfast import _native, doctor
+from sdfast.hilbert import secular
 
 PACKAGE = Path(sdfast.__file__).parent
 
@@ -47,6 +50,18 @@ def test_without_the_library_the_reference_serves_and_nothing_is_broken(without_
     assert on_cpu["backends"]["cpu"].startswith("no: _C_cpu.so is not installed")
     assert findings["libraries"][0]["loaded"] is False
     assert any("C++17 compiler" in advice for advice in findings["advice"])
+    solver = findings["secular_solver"]
+    assert (solver["loaded"], solver["broken"]) == (False, False)
+    assert solver["reason"].startswith(f"sdfast._secular is not installed for this Python, {solver['python']}: ")
+    assert "fast rounds on kernels: install sdfast again by this Python" in " ".join(findings["advice"])
+
+
+def test_the_secular_solver_of_another_python_is_passed_over(without_library):
+    (without_library / "sdfast" / "_secular.cpython-399-x86_64-linux-gnu.so").write_bytes(b"for another Python")
+    code, out = doctor_of(without_library)
+    assert code == 0
+    assert "secular solver of sdfast.hilbert: NumPy: sdfast._secular is not installed for this Python" in out
+    assert "there are those of cpython-399-x86_64-linux-gnu" in out
 
 
 def test_a_library_that_cannot_load_is_broken_and_named(without_library):
@@ -58,12 +73,22 @@ def test_a_library_that_cannot_load_is_broken_and_named(without_library):
     assert "all that is installed works" not in out
 
 
+def test_a_secular_solver_that_cannot_load_is_broken_and_named(without_library):
+    (without_library / "sdfast" / f"_secular{EXTENSION_SUFFIXES[0]}").write_bytes(b"this is no library")
+    code, out = doctor_of(without_library)
+    assert code == 1
+    assert "BROKEN: sdfast._secular cannot be loaded: " in out
+    assert "secular solver of sdfast.hilbert: NumPy: sdfast._secular cannot be loaded" in out
+
+
 def test_a_library_switched_off_is_not_broken():
     code, out = doctor_of(PACKAGE.parent, "--json", SDFAST_NATIVE="0")
     findings = json.loads(out)
     assert code == 0
     assert findings["libraries"][0]["reason"] == "SDFAST_NATIVE=0 is set"
     assert findings["advice"][0] == "fast CPU kernels: unset SDFAST_NATIVE"
+    assert findings["secular_solver"]["reason"] == "SDFAST_NATIVE=0 is set"
+    assert not any("rounds on kernels" in advice for advice in findings["advice"])
 
 
 @pytest.mark.skipif(not _native.CPU.loaded, reason="the native CPU library is not built here")
@@ -75,6 +100,24 @@ def test_with_the_library_it_serves():
     assert on_cpu["backends"]["cuda"] == "no: serves CUDA tensors, not cpu"
     assert findings["libraries"][0] == {"name": "_C_cpu.so", "loaded": True, "reason": None, "broken": False}
     assert not any("CPU kernels" in advice for advice in findings["advice"])
+
+
+@pytest.mark.skipif(secular.why_not_native() is not None, reason="the native solver is not built for this Python")
+def test_the_secular_solver_is_tried(monkeypatch):
+    findings = doctor.examine()
+    tag = sys.implementation.cache_tag
+    assert findings["secular_solver"] == {
+        "name": "_secular", "python": tag, "loaded": True, "reason": None, "broken": False,
+    }  # fmt: skip
+    assert f"secular solver of sdfast.hilbert: native, for this Python, {tag}" in doctor.describe(findings)
+
+    class Wrong:
+        def solve_path(self, d, w, rounds, threads):
+            return np.ones((len(w), rounds)), np.full(len(w), rounds)
+
+    monkeypatch.setattr(secular, "_native", Wrong())
+    findings = doctor.examine()
+    assert findings["broken"] == ["sdfast._secular gives other multipliers than its NumPy definition"]
 
 
 def test_the_versions_are_those_imported(capsys):

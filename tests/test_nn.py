@@ -20,6 +20,7 @@ LABELS = torch.randint(5, (12,), generator=torch.Generator().manual_seed(1))
         {"alpha": torch.tensor(0.6), "label_fn": "softmax", "temperature": 0.5, "reduction": "none"},
         {"alpha": 0.5, "loss": "kl", "class_weight": torch.rand(5), "label_smoothing": 0.1, "ignore_index": 2},
         {"alpha": 1.7, "loss": "mse", "backend": "reference"},
+        {"alpha": 0.5, "label_fn": "softmax", "mixing": "geometric", "target_temperature": 0.5, "label_smoothing": 0.1},
     ],
 )
 def test_equals_the_function(options):
@@ -28,6 +29,23 @@ def test_equals_the_function(options):
     got = module(LOGITS, LABELS, source=source, row_weight=row_weight)
     wanted = sdfast.self_distillation_loss(LOGITS, LABELS, source=source, row_weight=row_weight, **options)
     torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rule", ["gce", sdfast.GeneralizedCrossEntropy(0.3), sdfast.SmallLoss(0.5)])
+def test_rules_of_row_weights(rule):
+    module = SelfDistillationLoss(0.5, row_weight=rule)
+    assert torch.equal(module(LOGITS, LABELS), sdfast.self_distillation_loss(LOGITS, LABELS, 0.5, row_weight=rule))
+    weight = torch.rand(12)
+    by_call = sdfast.self_distillation_loss(LOGITS, LABELS, 0.5, row_weight=weight)
+    assert torch.equal(module(LOGITS, LABELS, row_weight=weight), by_call)
+    assert "row_weight=" in repr(module)
+
+
+def test_geometric_mixing_of_probability_labels():
+    module = SelfDistillationLoss(0.5, label_fn="softmax", mixing="geometric")
+    labels = torch.rand(12, 5).softmax(-1)
+    options = {"label_fn": "softmax", "mixing": "geometric"}
+    assert torch.equal(module(LOGITS, labels), sdfast.self_distillation_loss(LOGITS, labels, 0.5, **options))
 
 
 def test_a_call_may_override_alpha():
@@ -55,6 +73,9 @@ def test_tensors_are_buffers():
     [
         ({"alpha": 2.0}, ValueError, "alpha: got 2.0, wanted within [0, 1]"),
         ({"alpha": "half"}, TypeError, "alpha: got str"),
+        ({"alpha": 0.5, "row_weight": "g"}, ValueError, "row_weight: got 'g', wanted 'gce'"),
+        ({"alpha": 0.5, "row_weight": torch.rand(12)}, ValueError, "row_weight: got a tensor, wanted a rule here"),
+        ({"alpha": 0.5, "target_temperature": 2.0}, ValueError, "target_temperature: got 2.0"),
         ({"alpha": torch.rand(3)}, ValueError, "alpha: got shape (3,), wanted () here; pass one a row at the call"),
         ({"alpha": 0.5, "label_fn": "max"}, ValueError, "label_fn: got 'max'"),
         ({"alpha": 0.5, "label_fn": "softmax", "temperature": -1.0}, ValueError, "temperature: got -1.0"),

@@ -170,14 +170,22 @@ class CachedRow {
   int filled_ = 0;
 };
 
-// One row of a contiguous In tensor, written piece by piece.
+// One row of a contiguous In tensor, written piece by piece; or of one in the dtype that sums have, where `wide` is
+// set.
 template <class In, bool kAligned>
 struct OutputRow {
   In* first;
   Layout<In, kAligned> layout;
+  Accumulated<In>* wide = nullptr;
 
   template <class T>
   __device__ void store(int step, const T (&values)[Piece<In>::kSize]) const {
+    if (wide) {
+#pragma unroll
+      for (int j = 0; j < Piece<In>::kSize; ++j)
+        if (layout.holds(step, j)) wide[layout.column(step, j)] = values[j];
+      return;
+    }
     Piece<In> piece;
 #pragma unroll
     for (int j = 0; j < Piece<In>::kSize; ++j) piece.at[j] = static_cast<In>(values[j]);

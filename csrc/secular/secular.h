@@ -4,7 +4,8 @@
 //
 // One source for g++ (behind pybind11, bindings.cpp) and for CUDA (nvcc, and NVRTC through CuPy's RawModule): no
 // headers. The definition and the mathematics stand in sdfast/hilbert/secular.py.
-#pragma once
+#ifndef SDFAST_SECULAR_H
+#define SDFAST_SECULAR_H
 
 #ifdef __CUDACC__
 #define SDFAST_SECULAR __host__ __device__ __forceinline__
@@ -166,3 +167,5 @@ extern "C" __global__ void sdfast_secular_path(const double* d,  // (points)
 }
 
 #endif
+
+#endif  // SDFAST_SECULAR_H

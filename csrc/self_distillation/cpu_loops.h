@@ -230,6 +230,34 @@ SDFAST_CLONES void mix_target(T* target, int64_t n, Mixture<T> mix, const T* y, 
   });
 }
 
+// log t for t >= 0, denormals and zero included
+template <class T>
+SDFAST_INLINE Lanes<T> log_probability(const Lanes<T>& t) {
+  const T kRaise = 18446744073709551616., kLogRaise = 44.3614195558364998;  // 2^64
+  const Lanes<T> lowest = broadcast(-std::numeric_limits<T>::infinity());
+  const Mask<T> low = t < std::numeric_limits<T>::min();
+  const Lanes<T> y = vec::log_or_zero(Lanes<T>(low ? t * kRaise : t)) - (low ? broadcast(kLogRaise) : Lanes<T>{});
+  return t == T(0) ? lowest : y;
+}
+
+template <class T>
+SDFAST_CLONES void take_logarithms(T* target, int64_t n) {
+  sweep<T>(n, [&](int64_t i, auto used, auto) {
+    store_some(target + i, log_probability<T>(load_some(target + i, used, T(1))), used);
+  });
+}
+
+// target_c = (s_c - shift) rate + alpha log(uniform + label y_c); where y is null the second term is `floor`
+template <class T>
+SDFAST_CLONES void mix_logarithms(T* target, int64_t n, const T* s, T shift, T rate, const T* y, Mixture<T> label,
+                                  T alpha, T floor) {
+  sweep<T>(n, [&](int64_t i, auto used, auto) {
+    Lanes<T> lanes = (load_some(s + i, used, shift) - shift) * rate + floor;
+    if (y) lanes += log_probability<T>(load_some(y + i, used, T(1)) * label.label + label.uniform) * alpha;
+    store_some(target + i, lanes, used);
+  });
+}
+
 template <class T>
 struct Sums {
   T mass, loss;

@@ -1,85 +1,17 @@
 // One row of the self-distillation loss on the CPU: which loops it needs, in which order, over which scratch.
 #pragma once
 
-#include "../common/rows.h"
-#include "cpu_loops.h"
+#include "cpu_problem.h"
 
 namespace sdfast::self_distillation {
 
-// What a call fixes for all rows.
+// What a caller that has read the logits already hands to a row: their softmax, and a source of its own.
 template <class T>
-struct Problem {
-  Rows logits, source, soft_labels;  // (N, C); source and soft_labels may be absent
-  const int64_t* labels = nullptr;   // (N,), absent with soft_labels
-  int64_t label_stride = 0;
-  const T* alpha = nullptr;  // (N,) or, with stride 0, one value
-  int64_t alpha_stride = 0;
-  const T* class_weight = nullptr;  // (C,)
-  const T* row_weight = nullptr;    // (N,)
-  T class_weight_sum = 0;
-  int64_t rows = 0, classes = 0;
-  int64_t label_fn = 0, loss = 0, ignore_index = 0;
-  T label_parameter = 1, label_smoothing = 0;
-  T shared_alpha = 1;
-  bool want_stats = false;
-
-  int64_t label(int64_t i) const { return labels ? labels[i * label_stride] : -1; }
-  bool kept(int64_t i) const { return !labels || labels[i * label_stride] != ignore_index; }
-  T weight_of(int64_t i) const { return row_weight ? row_weight[i] : T(1); }
-  T alpha_of(int64_t i) const { return alpha ? alpha[i * alpha_stride] : shared_alpha; }
-  bool one_column_signs() const { return classes == 1 && soft_labels; }  // +-1 labels of a one-column regression
+struct Prepared {
+  T total;          // sum_c exp(x_c - top), whose terms lie in the gradient (in kTerms where there is none, or mse)
+  const T* source;  // (C,) logits, or with a source_sum probabilities times that sum
+  T source_sum;     // 0 for logits
 };
-
-template <class T>
-struct RowResult {
-  T loss = 0, entropy = 0;
-  bool correct = false, agrees = false;
-};
-
-// Scratch of one thread: a row a slot, made only when a row needs it.
-template <class T>
-struct Scratch {
-  enum Slot { kLogits, kSoftLabels, kSource, kTerms, kTarget, kGradient, kSlots };
-  std::vector<T> slots[kSlots];
-  int64_t columns;
-  explicit Scratch(int64_t columns) : columns(columns) {}
-  T* row(Slot slot) {
-    if (slots[slot].empty()) slots[slot].resize(columns);
-    return slots[slot].data();
-  }
-  const T* fetch(const Rows& rows, int64_t i, Slot slot) {
-    return rows.template row<T>(i, rows.template direct<T>() ? nullptr : row(slot));
-  }
-};
-
-template <class T>
-Peak<T> peak_of(const T* x, const Columns& columns) {
-  return columns.fold<Peak<T>>(
-      [&](int64_t begin, int64_t end) {
-        Peak<T> part = peak(x + begin, end - begin);
-        part.index += begin;
-        return part;
-      },
-      [](const Peak<T>& left, const Peak<T>& right) {
-        const bool later = right.value > left.value;
-        return Peak<T>{later ? right.value : left.value, later ? right.index : left.index, left.nan || right.nan};
-      });
-}
-
-template <class T>
-T exp_sum_of(const T* x, const Columns& columns, T shift, T scale, T* terms) {
-  return columns.fold<T>(
-      [&](int64_t b, int64_t e) { return exp_sum(x + b, e - b, shift, scale, terms ? terms + b : nullptr); },
-      [](T left, T right) { return left + right; });
-}
-
-template <class T>
-bool is_correct(const Problem<T>& problem, const Peak<T>& top, const T* x, const T* soft_labels, int64_t label,
-                const Columns& columns) {
-  if (top.nan) return false;
-  if (problem.one_column_signs()) return (x[0] > 0) == (soft_labels[0] > 0);
-  return top.index == (soft_labels ? peak_of(soft_labels, columns).index : label);
-}
 
 // One row: its loss, and factor times its gradient into `gradient` unless that is null.
 template <class T>
@@ -97,6 +29,8 @@ struct Row {
   Peak<T> top;  // of the logits, once found
   bool top_found;
   const Softmax<T>* given = nullptr;  // where `run_rows` made it, the gradient up to its two corrections included
+  T log_total = 0;                    // of the logits' softmax, once found
+  const Prepared<T>* prepared = nullptr;
   RowResult<T> result;
 
   Row(const Problem<T>& problem, Scratch<T>& scratch, bool split_columns, int64_t i, const Peak<T>* known, T factor,
@@ -117,21 +51,34 @@ struct Row {
   }
 
   RowResult<T> run() {
-    const bool own_source = !problem.source || mix.source == 0;
-    const T* source = own_source ? x : scratch.fetch(problem.source, i, Scratch<T>::kSource);
-    const bool one_hot = problem.label_fn == kHardmax || mix.source == 0;
+    const bool own_source = !(problem.source || prepared) || mix.source == 0;
+    const T* source = own_source ? x
+                      : prepared ? prepared->source
+                                 : scratch.fetch(problem.source, i, Scratch<T>::kSource);
+    const bool one_hot = (problem.label_fn == kHardmax || mix.source == 0) && !problem.reshapes_target();
     if (problem.labels && one_hot && (problem.loss == kCrossEntropy || problem.loss == kKl)) {
       sparse(mix.source == 0 ? label : own_source ? -1 : hardmax_of(source));
     } else {
       dense(source, own_source);
     }
     if (problem.want_stats) result.correct = is_correct(problem, top, x, soft_labels, label, columns);
+    if (problem.row_power != 0) weigh();
     return result;
+  }
+
+  // The row times p_label^row_power: known only now, so the gradient is scaled after it is written.
+  void weigh() {
+    const T own = std::exp(problem.row_power * ((x[label] - top.value) - log_total));
+    result.loss = weighted_loss(own, result.loss);
+    if (gradient) columns.apply([&](int64_t b, int64_t e) { scale(gradient + b, e - b, own); });
   }
 
   const Peak<T>& find_top() {
     if (!top_found) top = peak_of(x, columns), top_found = true;
     return top;
+  }
+  T exponentials(T* terms) {
+    return prepared ? prepared->total : exp_sum_of(x, columns, find_top().value, T(1), terms);
   }
   const T* weights(int64_t begin) const { return w ? w + begin : nullptr; }
   T weight(int64_t c) const { return w ? w[c] : T(1); }
@@ -140,16 +87,16 @@ struct Row {
   // `source` is h's class; negative where h is the one-hot of these very logits.
   void sparse(int64_t source) {
     const bool bare = !w && mix.uniform == 0;  // then the gradient's scale is known before the softmax
-    const bool small = bare && columns.count <= kSmallRow<T>;
+    const bool small = bare && columns.count <= kSmallRow<T> && !prepared;
     T mass = mix.label + mix.source;
-    T total, log_total;
+    T total;
     if (small) {
       const Softmax<T> softmax = given ? *given : small_row(factor * mass);
       top = softmax.top;
       total = softmax.total;
       log_total = softmax.log_total;
     } else {
-      total = exp_sum_of(x, columns, find_top().value, T(1), gradient);
+      total = exponentials(gradient);
       log_total = std::log(total);
     }
     if (source < 0) source = top.index;
@@ -159,7 +106,7 @@ struct Row {
     if (at_source != 0) result.loss += at_source * negative_log(source);
     if (!bare) {
       mass = at_label + at_source + mix.uniform * (w ? problem.class_weight_sum : T(columns.count));
-      if (mix.uniform != 0) result.loss += mix.uniform * negative_log_sum_of(log_total);
+      if (mix.uniform != 0) result.loss += mix.uniform * negative_log_sum_of();
     }
     if (problem.loss == kKl) result.loss += sparse_log_target(source, w != nullptr);
     if (problem.want_stats) {
@@ -188,7 +135,7 @@ struct Row {
     return softmax;
   }
 
-  T negative_log_sum_of(T log_total) const {
+  T negative_log_sum_of() const {
     return columns.fold<T>(
         [&](int64_t b, int64_t e) { return negative_log_sum(x + b, e - b, top.value, log_total, weights(b)); },
         [](T left, T right) { return left + right; });
@@ -224,7 +171,8 @@ struct Row {
     T total = 1;
     if (softmax_of_logits) {
       if (!terms && (problem.loss == kBrier || own_source)) terms = scratch.row(Scratch<T>::kTerms);
-      total = exp_sum_of(x, columns, top.value, T(1), terms);
+      total = exponentials(terms);
+      log_total = std::log(total);
     }
     const T* target = mixed_target(source, own_source, softmax_of_logits ? terms : nullptr, total);
     if (problem.loss == kMse) {
@@ -239,6 +187,11 @@ struct Row {
 
   const T* mixed_target(const T* source, bool own_source, const T* own_terms, T own_total) {
     T* target = scratch.row(Scratch<T>::kTarget);
+    if (problem.mixing == kGeometric && mix.source != 0) {
+      log_geometric_mean(target, source);
+      exponentiate(target);
+      return target;
+    }
     Mixture<T> scaled = mix;
     const T* h = mix.source != 0 ? source : nullptr;
     const T slope = problem.label_fn == kClip ? clip_slope(problem.label_parameter) : T(0);
@@ -248,6 +201,8 @@ struct Row {
       hard = peak.index;
       h = nullptr;
       if (peak.nan) scaled.uniform = std::numeric_limits<T>::quiet_NaN();
+    } else if (h && prepared && prepared->source_sum > 0 && problem.label_fn == kSoftmax) {
+      scaled.source /= prepared->source_sum;
     } else if (h && problem.label_fn == kSoftmax) {
       if (own_source && own_terms && problem.label_parameter == 1) {
         scaled.source /= own_total;
@@ -263,11 +218,34 @@ struct Row {
     });
     if (!soft_labels) target[label] += mix.label;
     if (hard >= 0) target[hard] += mix.source;
+    if (problem.target_power != 1) {
+      columns.apply([&](int64_t b, int64_t e) { take_logarithms(target + b, e - b); });
+      exponentiate(target);
+    }
     return target;
   }
 
+  // alpha log y + (1 - alpha) log h but for a constant, h being a softmax
+  void log_geometric_mean(T* target, const T* source) {
+    const T alpha = problem.alpha_of(i), rate = mix.source / problem.label_parameter;
+    const Mixture<T> alone = label_alone(problem.label_smoothing, columns.count);
+    const T floor = alpha == 0 || soft_labels ? T(0) : alpha * std::log(alone.uniform);
+    const T* y = alpha == 0 ? nullptr : soft_labels;
+    const T shift = source == x ? top.value : peak_of(source, columns).value;
+    columns.apply([&](int64_t b, int64_t e) {
+      mix_logarithms(target + b, e - b, source + b, shift, rate, y ? y + b : nullptr, alone, alpha, floor);
+    });
+    if (!soft_labels && alpha != 0)
+      target[label] = (source[label] - shift) * rate + alpha * std::log(alone.uniform + alone.label);
+  }
+
+  // A row of logarithms as probabilities, to the target power
+  void exponentiate(T* target) {
+    const T total = exp_sum_of(target, columns, peak_of(target, columns).value, problem.target_power, target);
+    columns.apply([&](int64_t b, int64_t e) { scale(target + b, e - b, T(1) / total); });
+  }
+
   void cross_entropy(const T* target, T total) {
-    const T log_total = std::log(total);
     const Sums<T> sums = columns.fold<Sums<T>>(
         [&](int64_t b, int64_t e) {
           return cross_entropy_sums(x + b, target + b, e - b, top.value, log_total, weights(b), problem.loss == kKl);
@@ -342,22 +320,32 @@ bool rows_are_small(const Problem<T>& problem, const OutputRows& out) {
   const bool one_hot =
       (problem.label_fn == kHardmax && !problem.source) || (!problem.alpha && problem.shared_alpha == 1);
   return problem.classes <= kSmallRow<T> && problem.labels && one_hot && !problem.class_weight &&
-         problem.label_smoothing == 0 && (problem.loss == kCrossEntropy || problem.loss == kKl) &&
-         problem.logits.template direct<T>() && (!out || out.template direct<T>(0));
+         !problem.reshapes_target() && problem.label_smoothing == 0 &&
+         (problem.loss == kCrossEntropy || problem.loss == kKl) && problem.logits.template direct<T>() &&
+         (!out || out.template direct<T>(0));
 }
 
 // What `Row::sparse` does after the softmax, for the commonest call: cross entropy alone, h the one-hot of the logits
 // or absent. Worth its lines at ten classes, where setting up a `Row` costs as much as its softmax.
-template <class T>
-T finish_small_row(const T* x, int64_t label, const Softmax<T>& softmax, const Mixture<T>& mix, T factor, T* gradient) {
+// With kWeighted the row is times p_label^power, as by `Row::weigh`, but scaled before the label is taken off.
+template <bool kWeighted, class T>
+T finish_small_row(const T* x, int64_t label, const Softmax<T>& softmax, const Mixture<T>& mix, T factor, T* gradient,
+                   int64_t classes, T power) {
   T loss = 0;
   if (mix.label != 0) loss += mix.label * (softmax.log_total - (x[label] - softmax.top.value));
   if (mix.source != 0) loss += mix.source * softmax.log_total;
+  T own = 1;
+  if constexpr (kWeighted) {
+    own = std::exp(power * ((x[label] - softmax.top.value) - softmax.log_total));
+    factor *= own;
+    for (int64_t c = 0; gradient && c < classes; ++c) gradient[c] *= own;
+  }
   if (gradient) {
     gradient[label] -= factor * mix.label;
     if (mix.source != 0) gradient[softmax.top.index] -= factor * mix.source;
   }
-  return softmax.top.nan ? std::numeric_limits<T>::quiet_NaN() : loss;
+  if (softmax.top.nan) return std::numeric_limits<T>::quiet_NaN();
+  return kWeighted ? weighted_loss(own, loss) : loss;
 }
 
 // Rows [begin, end): factor_of(i) scales row i's gradient, and its result goes to results[i] unless that is null.
@@ -384,8 +372,12 @@ void run_rows(const Problem<T>& problem, int64_t begin, int64_t end, bool split_
     for (int r = 0; r < rows; ++r) {
       const int64_t i = first + r;
       if (bare && problem.kept(i)) {
-        results[i] = {finish_small_row(x + r * stride, problem.label(i), softmax[r], mixes[r], factors[r],
-                                       gradient ? gradient + r * problem.classes : nullptr)};
+        T* const to = gradient ? gradient + r * problem.classes : nullptr;
+        const auto finish = [&](auto weighted) {
+          return finish_small_row<weighted>(x + r * stride, problem.label(i), softmax[r], mixes[r], factors[r], to,
+                                            problem.classes, problem.row_power);
+        };
+        results[i] = {problem.row_power != 0 ? finish(std::true_type()) : finish(std::false_type())};
         continue;
       }
       const RowResult<T> result = run_row(problem, scratch, split_columns, i, peaks ? peaks + i : nullptr, factors[r],

@@ -1,158 +1,40 @@
 // One row of the self-distillation loss on the GPU, by the team of threads that shares it.
 #pragma once
 
-#include "../common/pieces.cuh"
-#include "kernel.h"
+#include "cuda_problem.cuh"
 
 namespace sdfast::self_distillation {
 
-// What a call fixes for all rows.
-template <class In>
-struct Problem {
-  using T = Accumulated<In>;
-  Operand logits, source, soft_labels;  // (N, C); source and soft_labels may be absent
-  const int64_t* labels = nullptr;      // (N,), absent with soft_labels
-  int64_t label_stride = 0;
-  const T* alpha = nullptr;  // (N,) or, with stride 0, one value
-  int64_t alpha_stride = 0;
-  const T* class_weight = nullptr;  // (C,)
-  const T* row_weight = nullptr;    // (N,)
-  int64_t rows = 0, ignore_index = 0;
-  int classes = 0;
-  LabelFunction label_fn = kHardmax;
-  Loss loss = kCrossEntropy;
-  T label_parameter = 1, label_smoothing = 0;
-  bool want_stats = false;
-  In* gradient = nullptr;              // (N, C) or absent
-  int team_size = 0, cache_slots = 0;  // threads that share a row; pieces of it that a thread keeps in shared memory
-
-  __device__ bool kept(int64_t i) const { return !labels || labels[i * label_stride] != ignore_index; }
-  __device__ T alpha_of(int64_t i, T shared) const { return alpha ? alpha[i * alpha_stride] : shared; }
-  __device__ bool one_column_signs() const { return classes == 1 && soft_labels.data; }
+// A source that lies in a tensor, or none: it needs nothing of the row's own softmax and adds nothing to the loss.
+struct TensorSource : Operand {
+  static constexpr bool kNeedsSoftmax = false;
+  __device__ explicit TensorSource(const Operand& rows) : Operand(rows) {}
+  __device__ bool present() const { return data != nullptr; }
+  __device__ static bool wants_dense() { return false; }
+  template <class Peak, class Layout>
+  __device__ void begin(const Peak&, const Layout&) {}
+  template <class T, int kSize>
+  __device__ void add_gradient(int, T, T (&)[kSize]) const {}
+  __device__ static float loss() { return 0; }
 };
 
-template <class In>
-__device__ inline Accumulated<In> exponential(Accumulated<In> x) {
-  if constexpr (sizeof(In) == 2) {
-    return __expf(x);  // its error is far below a half's rounding
-  } else {
-    return exp(x);
-  }
-}
+// How much a row's code must know. Sparse is half as large, and enough for index labels with a one-hot h, or with none;
+// in a dense target any number of classes may be above zero; a reshaped one is sharpened, or a geometric mean.
+enum Targets : int { kSparseTargets, kDenseTargets, kReshapedTargets };
 
-// Largest entry and sums of exponentials in one pass: the sums are rescaled whenever a larger entry turns up.
-template <class In>
-struct Online {
-  using T = Accumulated<In>;
-  static constexpr int kSize = Piece<In>::kSize;
-  static constexpr int kNowhere = 0x7fffffff;
-
-  T top = -std::numeric_limits<T>::infinity();  // NaN once any entry is
-  T total = 0;                                  // sum_c exp(x_c - top)
-  T tempered = 0;                               // sum_c exp((x_c - top) / temperature), at temperature 1 left alone
-  int step = -1;                                // of the first piece that holds `top`
-  int index = kNowhere;                         // its first column, once found
-
-  __device__ void add(int at, const T (&x)[kSize], bool sums, T inverse_temperature) {
-    T high = x[0];
-#pragma unroll
-    for (int j = 1; j < kSize; ++j) high = max_or_nan(high, x[j]);
-    if (!(high <= top)) {
-      rescale(max_or_nan(top, high), inverse_temperature);
-      step = at;
-    }
-    // Nothing but -inf so far: its terms are 0, though -inf - -inf is not.
-    if (!sums || top == -std::numeric_limits<T>::infinity()) return;
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) total += exponential<In>(x[j] - top);
-    if (inverse_temperature == T(1)) return;
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) tempered += exponential<In>((x[j] - top) * inverse_temperature);
-  }
-
-  // load(step, x) reads a piece again, to find the column of the largest entry in it.
-  template <bool kAligned, class Load>
-  __device__ void finish(const Layout<In, kAligned>& layout, bool sums, bool want_index, T inverse_temperature,
-                         const Load& load) {
-    const T own = top;
-    const T team_top = team_max_or_nan(layout.team, own);
-    if (sums) {
-      rescale(team_top, inverse_temperature);
-      T both[2] = {total, tempered};
-      team_sum(layout.team, both);
-      total = both[0], tempered = inverse_temperature == T(1) ? both[0] : both[1];
-    }
-    top = team_top;
-    if (!want_index) return;
-    if (own == team_top && step >= 0) {
-      T x[kSize];
-      load(step, x);
-#pragma unroll
-      for (int j = kSize - 1; j >= 0; --j)
-        if (x[j] == team_top && layout.holds(step, j)) index = layout.column(step, j);
-    }
-    index = team_min(layout.team, index);
-    if (index == kNowhere) index = 0;  // an entry is NaN, or all are -inf
-  }
-
- private:
-  __device__ void rescale(T raised, T inverse_temperature) {
-    total *= exponential<In>(top - raised);
-    if (inverse_temperature != T(1)) tempered *= exponential<In>((top - raised) * inverse_temperature);
-    top = raised;
-  }
-};
-
-// The peak of one row of any operand and, where wanted, the sum of exp((x_c - top) / temperature), in `tempered`.
-template <class In, bool kAligned>
-__device__ Online<In> scan(const Operand& operand, int64_t i, const Layout<In, kAligned>& layout, bool sums,
-                           bool want_index, Accumulated<In> inverse_temperature) {
-  using T = Accumulated<In>;
-  const auto load = [&](int step, T(&x)[Piece<In>::kSize]) {
-    operand.load(i, layout, step, -std::numeric_limits<T>::infinity(), x);
-  };
-  Online<In> online;
-  const int steps = layout.steps();
-  for (int step = 0; step < steps; ++step) {
-    T x[Piece<In>::kSize];
-    load(step, x);
-    online.add(step, x, sums, inverse_temperature);
-  }
-  online.finish(layout, sums, want_index, inverse_temperature, load);
-  return online;
-}
-
-// Whether the largest logit is the label's; a row with a NaN logit is never correct.
-template <class In, bool kAligned>
-__device__ bool is_correct(const Problem<In>& problem, int64_t i, const Layout<In, kAligned>& layout,
-                           const Online<In>& peak) {
-  using T = Accumulated<In>;
-  if (peak.top != peak.top) return false;
-  if (problem.one_column_signs())
-    return (problem.logits.template element<T>(i, 0) > 0) == (problem.soft_labels.template element<T>(i, 0) > 0);
-  if (problem.labels) return peak.index == problem.labels[i * problem.label_stride];
-  return peak.index == scan(problem.soft_labels, i, layout, false, true, T(1)).index;
-}
-
-template <class T>
-struct RowResult {
-  T loss = 0, entropy = 0;
-  bool correct = false, agrees = false;
-};
-
-// kDense: the target may have any number of classes above zero. Without it the kernel is half as large, and enough for
-// index labels with a one-hot h, or with none.
-template <class In, bool kAligned, bool kDense>
+template <class In, bool kAligned, Targets kTargets, class Source = TensorSource>
 struct Row {
   using T = Accumulated<In>;
   using Pieces = Piece<In>;
   static constexpr int kSize = Pieces::kSize;
+  static constexpr bool kDense = kTargets != kSparseTargets, kReshaped = kTargets == kReshapedTargets;
   static constexpr T kNaN = std::numeric_limits<T>::quiet_NaN();
 
   const Problem<In>& problem;
   const Layout<In, kAligned>& layout;
   const int64_t i;
-  const T factor;  // of the gradient
+  const T alpha;
+  T factor;  // of the gradient
   CachedRow<In, kAligned> logits;
   OutputRow<In, kAligned> out;
   Mixture<T> mix;
@@ -160,28 +42,38 @@ struct Row {
   bool bad_label = false;     // out of range
   bool poisoned = false;      // the target is not a number: by its label or by a hardmax of NaN
   Online<In> top;             // of the logits
+  Source source;
   T source_top = 0, source_scale = 0, inverse_temperature = 1;
+  T target_top = 0, target_scale = 1;  // of a reshaped target
   RowResult<T> result;
 
-  __device__ Row(const Problem<In>& problem, const Layout<In, kAligned>& layout, int64_t i, T alpha, T factor)
+  __device__ Row(const Problem<In>& problem, const Layout<In, kAligned>& layout, int64_t i, T alpha, T factor,
+                 const Source& source)
       : problem(problem),
         layout(layout),
         i(i),
+        alpha(alpha),
         factor(factor),
         logits(problem.logits, i, layout, problem.cache_slots),
-        out{problem.gradient ? problem.gradient + i * problem.classes : nullptr, layout},
-        mix(mixture(alpha, problem.label_smoothing, problem.classes)) {}
+        out(problem.gradient_row(i, layout)),
+        mix(mixture(alpha, problem.label_smoothing, problem.classes)),
+        source(source) {}
 
   __device__ RowResult<T> run() {
     read_label();
     read_logits_and_source();
     if (poisoned) mix.label = mix.uniform = kNaN;
     if constexpr (kDense) {
+      const T own = problem.row_power != 0 ? own_weight() : T(1);
+      factor *= own;
+      if constexpr (kReshaped) scan_target();
       const bool log_loss = problem.loss == kCrossEntropy || problem.loss == kKl;
-      if (log_loss && problem.labels && mix.uniform == 0 && (mix.source == 0 || problem.label_fn == kHardmax))
+      const bool one_hot = !kReshaped && (mix.source == 0 || problem.label_fn == kHardmax);
+      if (!source.wants_dense() && log_loss && problem.labels && mix.uniform == 0 && one_hot)
         sparse();
       else
         dense();
+      result.loss = weighted_loss(own, result.loss);
       if (problem.want_stats) result.correct = is_correct(problem, i, layout, top);
     } else {
       sparse();
@@ -205,13 +97,18 @@ struct Row {
     label = bad_label ? 0 : static_cast<int>(given);
   }
 
+  // p_label^row_power
+  __device__ T own_weight() const {
+    return exp(problem.row_power * ((static_cast<T>(logits[label]) - top.top) - log(top.total)));
+  }
+
   __device__ void read_logits_and_source() {
-    const bool own_source = !problem.source.data;
+    const bool own_source = !source.present();
     const bool hardmax = mix.source != 0 && problem.label_fn == kHardmax;
     const bool softmax = kDense && mix.source != 0 && problem.label_fn == kSoftmax;
     if (softmax) inverse_temperature = T(1) / problem.label_parameter;
 
-    const bool sums = !kDense || problem.loss != kMse || (own_source && softmax);
+    const bool sums = !kDense || problem.loss != kMse || (own_source && softmax) || Source::kNeedsSoftmax;
     const bool want_index = problem.want_stats || (own_source && hardmax);
     if (sums || want_index) {
       const T own_temperature = own_source ? inverse_temperature : T(1);
@@ -223,8 +120,9 @@ struct Row {
       top.finish(layout, sums, want_index, own_temperature,
                  [&](int step, T(&x)[kSize]) { widen(logits.fetch(step), x); });
     }
+    source.begin(top, layout);
     if (!hardmax && !softmax) return;
-    const Online<In> peak = own_source ? top : scan(problem.source, i, layout, softmax, hardmax, inverse_temperature);
+    const Online<In> peak = own_source ? top : scan(source, i, layout, softmax, hardmax, inverse_temperature);
     if (hardmax) {
       hard = peak.index;
       poisoned = poisoned || peak.top != peak.top;
@@ -315,8 +213,9 @@ struct Row {
     team_sum(layout.team, sums);
     result.loss = problem.loss == kMse ? sums[0] / problem.classes : sums[0];
     if (problem.loss != kMse && !(top.total > 0)) result.loss = kNaN;
+    result.loss += source.loss();
     if (problem.want_stats) dense_stats(sums[2], best, best_column);
-    if (problem.gradient) write_dense_gradient(sums[1], normalizer);
+    if (problem.wants_gradient()) write_dense_gradient(sums[1], normalizer);
   }
 
   __device__ void write_dense_gradient(T mass_or_inner, T normalizer) {
@@ -336,12 +235,76 @@ struct Row {
         else if (layout.holds(step, j))
           x[j] = cross_entropy_gradient(p, t[j] * weight(layout.column(step, j)), mass_or_inner) * factor;
       }
+      source.add_gradient(step, factor, x);
       out.store(step, x);
     });
   }
 
+  // A geometric mean is renormalised whatever its power; a row with alpha = 1 is its label, to the target power.
+  __device__ bool geometric() const { return problem.mixing == kGeometric && mix.source != 0; }
+  __device__ bool reshaped() const { return kReshaped && (geometric() || problem.target_power != T(1)); }
+
+  // The logarithms of one piece of a target to be reshaped, but for a constant.
+  __device__ void log_target(int step, const T (&x)[kSize], T (&v)[kSize]) const {
+    if (geometric()) {
+      log_geometric_mean(step, x, v);
+    } else {
+      arithmetic_mean(step, x, v);
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) v[j] = log(v[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < kSize; ++j)
+      if (!layout.holds(step, j)) v[j] = -std::numeric_limits<T>::infinity();
+  }
+
+  // alpha log y + (1 - alpha) log h, h being a softmax
+  __device__ void log_geometric_mean(int step, const T (&x)[kSize], T (&v)[kSize]) const {
+    const Mixture<T> alone = label_alone(problem.label_smoothing, problem.classes);
+    T y[kSize];
+    if (problem.labels) {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) y[j] = layout.column(step, j) == label ? T(1) : T(0);
+    } else {
+      problem.soft_labels.load(i, layout, step, T(0), y);
+    }
+    if (source.present()) {
+      source.load(i, layout, step, T(0), v);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) v[j] = x[j];
+    }
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      v[j] = (v[j] - source_top) * inverse_temperature * mix.source;
+      if (alpha != 0) v[j] += alpha * log(alone.uniform + alone.label * y[j]);
+      if (poisoned) v[j] = kNaN;
+    }
+  }
+
+  __device__ void scan_target() {
+    if (!reshaped()) return;
+    Online<In> online;
+    logits.template each<1>([&](int step, const Pieces& piece) {
+      T x[kSize], v[kSize];
+      widen(piece, x);
+      log_target(step, x, v);
+      online.add(step, v, true, problem.target_power);
+    });
+    online.finish(layout, true, false, problem.target_power, [](int, T(&)[kSize]) {});
+    target_top = online.top;
+    target_scale = T(1) / online.tempered;
+  }
+
   // The columns of one piece of the target, x being the logits there.
   __device__ void target(int step, const T (&x)[kSize], T (&t)[kSize]) const {
+    if (!reshaped()) return arithmetic_mean(step, x, t);
+    log_target(step, x, t);
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) t[j] = exponential<In>((t[j] - target_top) * problem.target_power) * target_scale;
+  }
+
+  __device__ void arithmetic_mean(int step, const T (&x)[kSize], T (&t)[kSize]) const {
 #pragma unroll
     for (int j = 0; j < kSize; ++j) t[j] = mix.uniform;
     if (problem.labels) {
@@ -355,8 +318,8 @@ struct Row {
     if (mix.source == 0) return;
     if (problem.label_fn == kHardmax) return add_one_hot(step, hard, mix.source, t);
     T h[kSize];
-    if (problem.source.data) {
-      problem.source.load(i, layout, step, T(0), h);
+    if (source.present()) {
+      source.load(i, layout, step, T(0), h);
     } else {
 #pragma unroll
       for (int j = 0; j < kSize; ++j) h[j] = x[j];
@@ -395,7 +358,7 @@ struct Row {
 // The gradient of an ignored row.
 template <class In, bool kAligned>
 __device__ void zero_row(const Problem<In>& problem, int64_t i, const Layout<In, kAligned>& layout) {
-  const OutputRow<In, kAligned> out = {problem.gradient + i * problem.classes, layout};
+  const OutputRow<In, kAligned> out = problem.gradient_row(i, layout);
   const Accumulated<In> zeros[Piece<In>::kSize] = {};
   for (int step = 0; step < layout.steps(); ++step) out.store(step, zeros);
 }

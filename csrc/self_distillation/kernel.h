@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #ifdef __CUDACC__
 #define SDFAST_HOST_DEVICE __host__ __device__ __forceinline__
@@ -15,6 +16,7 @@ namespace sdfast::self_distillation {
 
 enum LabelFunction : int64_t { kSoftmax = 0, kHardmax = 1, kIdentity = 2, kClip = 3 };
 enum Loss : int64_t { kCrossEntropy = 0, kKl = 1, kMse = 2, kBrier = 3 };
+enum Mixing : int64_t { kArithmetic = 0, kGeometric = 1 };
 enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
 
 // The `state` output: what the backward and the statistics need of the whole batch.
@@ -38,6 +40,18 @@ SDFAST_HOST_DEVICE Mixture<T> mixture(T alpha, T label_smoothing, int64_t classe
   // Without a division where there is no smoothing, but NaN where alpha is.
   const T uniform = alpha * (label_smoothing == T(0) ? T(0) : label_smoothing / T(classes));
   return {alpha * (T(1) - label_smoothing), uniform, T(1) - alpha};
+}
+
+// y's share and the floor under every class of the smoothed label alone, for a geometric mean with alpha and 1 - alpha.
+template <class T>
+SDFAST_HOST_DEVICE Mixture<T> label_alone(T label_smoothing, int64_t classes) {
+  return mixture(T(1), label_smoothing, classes);
+}
+
+// w loss, where a weight of zero beats an infinite loss: the limit of p^q (-log p)
+template <class T>
+SDFAST_HOST_DEVICE T weighted_loss(T weight, T loss) {
+  return weight == T(0) && loss > std::numeric_limits<T>::max() ? T(0) : weight * loss;
 }
 
 // 1 - alpha = clip(ratio * accuracy, 0, 1); an empty batch has accuracy 0 and learns from its labels alone.

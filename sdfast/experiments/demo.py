@@ -1,4 +1,7 @@
-"""``sdfast demo``: the same small network on the same noisy labels, by cross entropy and by self-distillation."""
+"""``sdfast demo``: the same small network on the same noisy labels, by cross entropy and by self-distillation.
+
+And the theory of it on a kernel: rounds of self-distillation that first help, then hurt, the best one foreseen.
+"""
 
 import argparse
 import json
@@ -15,6 +18,7 @@ from tqdm import tqdm
 import sdfast
 from sdfast import _dispatch, _files, plots, report
 from sdfast.data import Batches, flip_labels, load_dataset
+from sdfast.hilbert import command as hilbert_command
 from sdfast.models import mlp
 from sdfast.ops.self_distillation import AdaptiveAlpha
 from sdfast.train import History, SelfDistiller
@@ -24,6 +28,8 @@ WIDTHS = (64, 256, 256, 10)
 BATCH_SIZE = 128
 LEARNING_RATE = 0.1
 MOMENTUM = 0.9
+
+KERNEL_ROUNDS = ("--dataset", "digits", "--noise", str(NOISE_RATE), "--kernel", "rbf")  # of ``sdfast hilbert``
 
 # Both rows are the same trainer and the same loss; α = 1 is plain cross entropy.
 METHODS: dict[str, tuple[str, float | AdaptiveAlpha]] = {
@@ -56,21 +62,43 @@ def run(arguments: argparse.Namespace) -> int:
     results = run_demo(arguments.seeds, arguments.epochs, progress=not arguments.no_progress)
     _files.write_text(arguments.output / "results.json", json.dumps(results, indent=1) + "\n")
     headers, rows = summary(results)
-    picture = None
+    pictures: dict[str, bytes] = {}
     if reason is None:
-        picture = plots.png(draw(results))
-        for path in filter(None, (arguments.output / "curves.png", arguments.picture)):
-            _files.write_atomically(path, lambda file: file.write(picture))
-    write_report(arguments.output / "index.html", results, headers, rows, picture)
+        figures = {"curves.png": draw(results), "rounds.png": hilbert_command.draw(results["kernel_rounds"])}
+        pictures = {name: plots.png(figure) for name, figure in figures.items()}
+        for name, picture in pictures.items():
+            _write_picture(arguments.output / name, picture)
+        if arguments.picture is not None:
+            _write_picture(arguments.picture, pictures["curves.png"])
+    write_report(arguments.output / "index.html", results, headers, rows, pictures)
     if arguments.json:
         print(json.dumps(results))
     else:
         print(f"Test accuracy after training on digits, {redrawn(results)}\n")
         print(report.plain_table(headers, rows))
+        print(f"\nRounds of self-distillation on a kernel ({kernel_command()})\n")
+        print(report.plain_table(*hilbert_command.table(results["kernel_rounds"])))
+        print(f"\n{hilbert_command.reading(results['kernel_rounds'])}")
         print(f"\nreport: {arguments.output / 'index.html'}")
     if reason is not None:
         print(f"sdfast demo: no picture: {reason}", file=sys.stderr)
     return 0
+
+
+def _write_picture(path: Path, picture: bytes) -> None:
+    _files.write_atomically(path, lambda file: file.write(picture))
+
+
+def kernel_command() -> str:
+    """The command that shows the kernel's rounds alone."""
+    return " ".join(("sdfast hilbert", *KERNEL_ROUNDS))
+
+
+def kernel_rounds() -> dict[str, Any]:
+    """What that command finds: each round's test accuracy, and the round that GCV picks from the noisy labels."""
+    parser = argparse.ArgumentParser()
+    hilbert_command.add_arguments(parser)
+    return hilbert_command.compute(parser.parse_args(KERNEL_ROUNDS))[0]
 
 
 def run_demo(seeds: int, epochs: int, progress: bool = True) -> dict[str, Any]:
@@ -82,7 +110,7 @@ def run_demo(seeds: int, epochs: int, progress: bool = True) -> dict[str, Any]:
         progress: Show a progress bar on a terminal.
 
     Returns:
-        What results.json holds: the setting, the environment, and each run's curves.
+        What results.json holds: the setting, the environment, each run's curves, and the rounds on a kernel.
     """
     threads = torch.get_num_threads()
     # So small a network gains nothing from a second thread, and crawls where another program wants that core.
@@ -100,6 +128,7 @@ def run_demo(seeds: int, epochs: int, progress: bool = True) -> dict[str, Any]:
         "epochs": epochs,
         "optimizer": f"SGD, momentum {MOMENTUM}, learning rate {LEARNING_RATE} falling to 0 by a cosine",
         "runs": runs,
+        "kernel_rounds": kernel_rounds(),
         "environment": {
             "sdfast": sdfast.__version__,
             "torch": torch.__version__,
@@ -199,15 +228,14 @@ def draw(results: dict[str, Any]) -> Any:
 
 
 def write_report(
-    path: Path, results: dict[str, Any], headers: Sequence[str], rows: Sequence[Sequence[str]], picture: bytes | None
+    path: Path, results: dict[str, Any], headers: Sequence[str], rows: Sequence[Sequence[str]], pictures: dict
 ) -> None:
-    """The page: picture, table, setting. Each part is a section, so that others can join."""
-    figures = {row[0]: row[1] for row in rows}
-    ends = ", ".join(f"{method} {figure} %" for method, figure in figures.items())
+    """The page: pictures, tables, setting."""
+    ends = ", ".join(f"{method} {figure} %" for method, figure, *_ in rows)
     parts = []
-    if picture is not None:
+    if pictures:
         description = f"Test accuracy over the epochs; at the last epoch: {ends}"
-        parts.append(report.section("What happens", report.picture(picture, description)))
+        parts.append(report.section("What happens", report.picture(pictures["curves.png"], description)))
     parts.append(
         report.section(
             "Test accuracy",
@@ -218,6 +246,38 @@ def write_report(
             ),
         )
     )
+    parts += [_rounds_section(results["kernel_rounds"], pictures), _setting_section(results)]
+    parts.append(
+        report.section(
+            "References",
+            report.text(
+                "Dong, Hou, Lu, Zhang 2019: Distillation ≈ Early Stopping? Harvesting Dark Knowledge Utilizing "
+                "Anisotropic Information Retrieval For Overparameterized Neural Network. Algorithm 1."
+            ),
+            report.text(
+                "Mobahi, Farajtabar, Bartlett 2020: Self-Distillation Amplifies Regularization in Hilbert Space."
+            ),
+        )
+    )
+    environment = ", ".join(f"{name} {value}" for name, value in results["environment"].items())
+    report.write_page(path, "Training on wrong labels, with and without self-distillation", parts, environment)
+
+
+def _rounds_section(rounds: dict[str, Any], pictures: dict[str, bytes]) -> str:
+    reading = hilbert_command.reading(rounds)
+    content = [report.picture(pictures["rounds.png"], reading)] if pictures else []
+    content += [
+        report.text(
+            "Kernel ridge regression that learns from its own predictions, round after round, in closed form. Wrong "
+            "labels lie in the eigenvectors of small eigenvalues, which vanish first; the collapse comes when all do."
+        ),
+        report.table(*hilbert_command.table(rounds)),
+        report.text(f"{reading} The same by {kernel_command()}."),
+    ]
+    return report.section("How many rounds help", *content)
+
+
+def _setting_section(results: dict[str, Any]) -> str:
     setting = [
         ("data", "scikit-learn's digits, a random quarter held out for testing"),
         ("label noise", f"each label redrawn over all classes with probability {results['noise_rate']}"),
@@ -226,15 +286,4 @@ def write_report(
         ("training", f"{results['optimizer']}; batch {results['batch_size']}; {results['epochs']} epochs"),
         ("self-distillation", "target = α · label + (1 − α) · own hard prediction, with 1 − α = accuracy of the batch"),
     ]
-    parts.append(report.section("Setting", report.table(("", ""), setting)))
-    parts.append(
-        report.section(
-            "Reference",
-            report.text(
-                "Dong, Hou, Lu, Zhang 2019: Distillation ≈ Early Stopping? Harvesting Dark Knowledge Utilizing "
-                "Anisotropic Information Retrieval For Overparameterized Neural Network. Algorithm 1."
-            ),
-        )
-    )
-    environment = ", ".join(f"{name} {value}" for name, value in results["environment"].items())
-    report.write_page(path, "Training on wrong labels, with and without self-distillation", parts, environment)
+    return report.section("Setting", report.table(("", ""), setting))

@@ -1,13 +1,16 @@
 """NumPy and CuPy arrays through one namespace, and argument errors in one line."""
 
+import math
+import numbers
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import array_api_compat
 import numpy as np
 
 _CPU, _CUDA = 1, 2  # DLPack's device types
-_BLOCK = 1024  # rows looked at together, so that checking a Gram matrix makes no second one
+_BLOCK_ENTRIES = 2**18  # of a matrix, looked at together: so that looking makes no second matrix
 
 
 def as_array(name: str, value: Any) -> Any:
@@ -23,16 +26,19 @@ def as_array(name: str, value: Any) -> Any:
     Raises:
         TypeError: The values are not real numbers, or cannot be handed over.
     """
-    if not (array_api_compat.is_numpy_array(value) or array_api_compat.is_cupy_array(value)):
-        value = _from_dlpack(name, value) if hasattr(value, "__dlpack__") else _from_sequence(name, value)
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name}: got a masked array, wanted one without a mask: leave those points out")
+    if not (type(value) is np.ndarray or array_api_compat.is_cupy_array(value)):
+        shared = hasattr(value, "__dlpack__") and not isinstance(value, np.ndarray)
+        value = _from_dlpack(name, value) if shared else _from_sequence(name, value)
     if not (is_floating(value) or namespace(value).isdtype(value.dtype, ("bool", "integral"))):
         raise TypeError(f"{name}: got dtype {value.dtype}, wanted real numbers")
     return value
 
 
 def _from_dlpack(name: str, value: Any) -> Any:
-    device_type = int(value.__dlpack_device__()[0])
     try:
+        device_type = int(value.__dlpack_device__()[0])
         if device_type == _CPU:
             return np.from_dlpack(value)
         if device_type == _CUDA:
@@ -41,7 +47,7 @@ def _from_dlpack(name: str, value: Any) -> Any:
             return cupy.from_dlpack(value)
     except ImportError as error:
         raise TypeError(f"{name}: is on a GPU, and CuPy is not installed: pip install 'sdfast[cuda]'") from error
-    except (BufferError, RuntimeError, TypeError) as error:
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
         message = " ".join(str(error).split())
         raise TypeError(f"{name}: a {type(value).__name__} that cannot be handed over: {message}") from error
     raise TypeError(f"{name}: is on a device of DLPack type {device_type}, wanted the CPU or an NVIDIA GPU")
@@ -49,9 +55,12 @@ def _from_dlpack(name: str, value: Any) -> Any:
 
 def _from_sequence(name: str, value: Any) -> np.ndarray:
     try:
-        return np.asarray(value)
+        found = np.asarray(value)
     except ValueError as error:  # a ragged list
         raise TypeError(f"{name}: got {type(value).__name__}, wanted an array of numbers") from error
+    if found.dtype == object:
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted a dense array of numbers")
+    return found
 
 
 def namespace(array: Any) -> Any:
@@ -64,14 +73,20 @@ def is_floating(array: Any) -> bool:
     return array.dtype.kind == "f"
 
 
+def row_blocks(array: Any) -> Iterator[slice]:
+    """Slices of rows, few enough that what is made of them is small beside a Gram matrix."""
+    step = max(1, _BLOCK_ENTRIES // max(1, math.prod(array.shape[1:])))
+    return (slice(start, start + step) for start in range(0, array.shape[0], step))
+
+
 def check_finite(name: str, array: Any) -> None:
     """Refuses NaN and infinity, and names the first place where there is one."""
     xp = namespace(array)
-    for start in range(0, array.shape[0], _BLOCK):
-        bad = ~xp.isfinite(array[start : start + _BLOCK])
+    for rows in row_blocks(array):
+        bad = ~xp.isfinite(array[rows])
         if xp.any(bad):
             place = np.argwhere(to_numpy(bad))[0]
-            place[0] += start
+            place[0] += rows.start
             value = float(array[tuple(place)])
             raise ValueError(f"{name}: entry {tuple(map(int, place))} is {value}, wanted finite numbers")
 
@@ -87,12 +102,10 @@ def check_gram(value: Any) -> Any:
     if not is_floating(gram) or gram.dtype.itemsize < 4:
         gram = xp.astype(gram, xp.float64 if not is_floating(gram) else xp.float32)
     check_finite("gram", gram)
-    points = gram.shape[0]
     largest, asymmetry = 0.0, 0.0
-    for start in range(0, points, _BLOCK):
-        rows = gram[start : start + _BLOCK, :]
-        largest = max(largest, float(xp.max(xp.abs(rows))))
-        asymmetry = max(asymmetry, float(xp.max(xp.abs(rows - gram[:, start : start + _BLOCK].T))))
+    for rows in row_blocks(gram):
+        largest = max(largest, float(xp.max(xp.abs(gram[rows, :]))))
+        asymmetry = max(asymmetry, float(xp.max(xp.abs(gram[rows, :] - gram[:, rows].T))))
     allowed = 100 * float(xp.finfo(gram.dtype).eps) * largest
     if asymmetry > allowed:
         raise ValueError(
@@ -129,10 +142,7 @@ def check_targets(value: Any, gram: Any) -> tuple[Any, bool]:
 
 def check_round(value: Any, fits: int) -> int:
     """A round as a count of fits, 1 to `fits`."""
-    try:
-        number = operator.index(value)
-    except TypeError as error:
-        raise TypeError(f"round: got {type(value).__name__}, wanted an integer") from error
+    number = _integer("round", value)
     if not 1 <= number <= fits:
         raise ValueError(f"round: got {number}, wanted 1 (ordinary training) to {fits}, the fits of this path")
     return number
@@ -140,11 +150,34 @@ def check_round(value: Any, fits: int) -> int:
 
 def check_count(name: str, value: Any, smallest: int = 1) -> int:
     """An integer of at least `smallest`."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}: got {type(value).__name__}, wanted an integer")
-    if operator.index(value) < smallest:
-        raise ValueError(f"{name}: got {value}, wanted at least {smallest}")
-    return operator.index(value)
+    number = _integer(name, value)
+    if number < smallest:
+        raise ValueError(f"{name}: got {number}, wanted at least {smallest}")
+    return number
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        if not isinstance(value, bool | np.bool_):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{name}: got {type(value).__name__}, wanted an integer")
+
+
+def check_number(name: str, value: Any) -> float:
+    """A real number, as a float; its size is the caller's to judge."""
+    scalar = value[()] if isinstance(value, np.ndarray) and value.ndim == 0 else value
+    if isinstance(scalar, bool | np.bool_) or not isinstance(scalar, numbers.Real):
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted a number")
+    return float(scalar)
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """True or False."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name}: got {value!r}, wanted True or False")
+    return bool(value)
 
 
 def to_numpy(array: Any) -> np.ndarray:

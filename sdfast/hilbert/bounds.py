@@ -49,8 +49,26 @@ def _eigenvalues(values: ArrayLike) -> np.ndarray:
     return d
 
 
+def _numbers(name: str, value: ArrayLike) -> np.ndarray:
+    return _arrays.to_numpy(_arrays.as_array(name, value)).astype(np.float64)
+
+
+def _fits(fits: ArrayLike) -> np.ndarray:
+    t = _numbers("fits", fits)
+    if not np.all(t >= 0):
+        raise ValueError(f"fits: got {t.min() if t.size else t}, wanted none negative")
+    return t
+
+
+def _condition(condition: ArrayLike) -> np.ndarray:
+    k = _numbers("condition", condition)
+    if not np.all(k >= 1):
+        raise ValueError(f"condition: got {k.min() if k.size else k}, wanted κ = d_max / d_min >= 1")
+    return k
+
+
 def _size(relative: ArrayLike) -> np.ndarray:
-    r = np.asarray(relative, dtype=np.float64)
+    r = _numbers("relative_norm", relative)
     if not np.all(r > 1):
         raise ValueError(f"relative_norm: got {r.min() if r.size else r}, wanted > 1: from 1 down the solution is zero")
     return r
@@ -58,8 +76,12 @@ def _size(relative: ArrayLike) -> np.ndarray:
 
 def relative_norm(y: ArrayLike, tolerance: float) -> float:
     """r₀ = ‖y‖ / √(Kε), for labels (K,) or (K, outputs) under a joint tolerance ε."""
-    labels = np.asarray(y, dtype=np.float64)
-    return float(np.linalg.norm(labels) / math.sqrt(labels.shape[0] * tolerance))
+    labels, epsilon = _numbers("y", y), _arrays.check_number("tolerance", tolerance)
+    if labels.ndim not in (1, 2) or labels.shape[0] == 0:
+        raise ValueError(f"y: got shape {labels.shape}, wanted (points,) or (points, outputs)")
+    if not (math.isfinite(epsilon) and epsilon > 0):
+        raise ValueError(f"tolerance: got {epsilon}, wanted a finite number > 0")
+    return float(np.linalg.norm(labels) / math.sqrt(labels.shape[0] * epsilon))
 
 
 def condition_number(eigenvalues: ArrayLike) -> float:
@@ -88,13 +110,15 @@ def contraction(condition: ArrayLike, relative: ArrayLike) -> tuple[np.ndarray, 
     a(x) = ((r₀ − 1)² + x(2r₀ − 1)) / (r₀ − 1 + x)² and b(x) = r₀² x / (r₀ − 1 + x)².
 
     Args:
-        condition: κ ≥ 1.
+        condition: κ ≥ 1, finite.
         relative: r₀ > 1.
 
     Returns:
         a and b.
     """
-    x, r = np.asarray(condition, dtype=np.float64), _size(relative)
+    x, r = _condition(condition), _size(relative)
+    if not np.all(np.isfinite(x)):
+        raise ValueError("condition: got inf, wanted finite: on a singular Gram matrix Proposition 3 says nothing")
     below = (r - 1 + x) ** 2
     return ((r - 1) ** 2 + x * (2 * r - 1)) / below, r**2 * x / below
 
@@ -112,7 +136,7 @@ def norm_lower_bound(fits: ArrayLike, condition: ArrayLike, relative: ArrayLike)
     Returns:
         The bound on r_t; it may be negative, and says nothing then.
     """
-    t = np.asarray(fits, dtype=np.float64)
+    t = _fits(fits)
     a, b = contraction(condition, relative)
     flat = np.isclose(a, 1.0, rtol=1e-12, atol=0)  # κ = 1: the geometric sum is t
     return a**t * np.asarray(relative, dtype=np.float64) - b * np.where(flat, t, (a**t - 1) / np.where(flat, 1, a - 1))
@@ -128,7 +152,7 @@ def guaranteed_fits(condition: ArrayLike, relative: ArrayLike) -> np.ndarray:
     Returns:
         t, real.
     """
-    return (_size(relative) - 1) / np.asarray(condition, dtype=np.float64)
+    return (_size(relative) - 1) / _condition(condition)
 
 
 def guaranteed_fits_by_norm(condition: ArrayLike, relative: ArrayLike) -> np.ndarray:
@@ -141,7 +165,7 @@ def guaranteed_fits_by_norm(condition: ArrayLike, relative: ArrayLike) -> np.nda
     Returns:
         t, real.
     """
-    k, r = np.asarray(condition, dtype=np.float64), _size(relative)
+    k, r = _condition(condition), _size(relative)
     a, _ = contraction(k, r)
     flat = np.isclose(a, 1.0, rtol=1e-12, atol=0)
     exact = np.log((k - 1 + r**2) / (r * (k - 1 + r))) / np.where(flat, 1, np.log(np.where(flat, 2, a)))
@@ -180,8 +204,13 @@ def filter_ratio_bound(
     Returns:
         The bound, at least 1.
     """
-    r = _size(relative)
-    return np.exp(np.asarray(fits, dtype=np.float64) * _log_ratio(d_min, np.asarray(smaller), np.asarray(larger), r))
+    r, least = _size(relative), _arrays.check_number("d_min", d_min)
+    low, high = _numbers("smaller", smaller), _numbers("larger", larger)
+    if not (least > 0 and np.all(low >= least) and np.all(high >= low)):
+        raise ValueError(
+            f"larger, smaller: got d_min {least:.3g} and d_j from {low.min():.3g}, wanted d_k >= d_j >= d_min > 0"
+        )
+    return np.exp(_fits(fits) * _log_ratio(least, low, high, r))
 
 
 def _log_ratio(d_min: float, smaller: np.ndarray, larger: np.ndarray, r: np.ndarray) -> np.ndarray:
@@ -207,7 +236,7 @@ def sparsity_index(eigenvalues: ArrayLike, relative: ArrayLike, fits: ArrayLike)
         raise ValueError("eigenvalues: the least is 0, wanted all positive: d_min / d has no meaning")
     r = _size(relative)[..., None]
     least = np.min(_log_ratio(float(d[0]), d[:-1], d[1:], r), axis=-1)
-    return np.exp(least * np.asarray(fits, dtype=np.float64))
+    return np.exp(least * _fits(fits))
 
 
 def sparsity_index_at_collapse(eigenvalues: ArrayLike, relative: ArrayLike) -> np.ndarray:
@@ -250,7 +279,9 @@ def rademacher_complexity(equivalent_eigenvalues: ArrayLike, radius: float = 1.0
     Returns:
         The bound.
     """
-    d = _eigenvalues(equivalent_eigenvalues)
+    d, radius = _eigenvalues(equivalent_eigenvalues), _arrays.check_number("radius", radius)
+    if not (math.isfinite(radius) and radius > 0):
+        raise ValueError(f"radius: got {radius}, wanted a finite number > 0")
     return 2 * radius * math.sqrt(float(np.sum(d)) / d.size)
 
 

@@ -67,12 +67,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rounds.add_argument("--rounds", type=int, help="the most fits (default: to the collapse)")
 
     output = parser.add_argument_group("output")
-    output.add_argument("--output", type=Path, help="folder for results.json, plots and a report")
+    output.add_argument(
+        "--output", type=Path, default=Path("sdfast-hilbert"), help="folder for the report and the plots"
+    )
     output.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the table and the chosen round; fills the output folder."""
+    results, path = compute(arguments)
+    if arguments.json:
+        print(json.dumps(results))
+    else:
+        print(describe(results))
+    write_output(arguments.output, results, path)
+    return 0
+
+
+def compute(arguments: argparse.Namespace) -> tuple[dict[str, Any], DistillationPath]:
+    """What results.json holds, and the path itself."""
     _check_arguments(arguments)
     data = load(arguments)
     options = _kernel_options(arguments)
@@ -81,15 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
     path = self_distill(gram, data.targets, relative_tolerance=arguments.tolerance, rounds=arguments.rounds)
     if path.infeasible:
         raise ValueError(f"--tolerance: {path.infeasible}")
-    choice = path.best_round()
-    results = examine(arguments, data, path, choice, cross)
-    if arguments.json:
-        print(json.dumps(results))
-    else:
-        print(describe(results))
-    if arguments.output is not None:
-        write_output(arguments.output, results, path)
-    return 0
+    return examine(arguments, data, path, path.best_round(), cross), path
 
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
@@ -271,13 +276,13 @@ def write_output(folder: Path, results: dict[str, Any], path: DistillationPath) 
     _files.write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
     parts = [
         report.section("Rounds", report.table(*table(results))),
-        report.section("Reading", report.text(_reading(results))),
+        report.section("Reading", report.text(reading(results))),
     ]
     if (reason := plots.why_not()) is None:
         pictures = {"rounds.png": draw(results), "path.png": path.plot()}
         for name, figure in pictures.items():
             plots.save(figure, folder / name)
-            picture = report.picture((folder / name).read_bytes(), _reading(results))
+            picture = report.picture((folder / name).read_bytes(), reading(results))
             parts.append(report.section(name.removesuffix(".png"), picture))
     else:
         print(f"sdfast hilbert: no plots: {reason}", file=sys.stderr)
@@ -304,7 +309,8 @@ def draw(results: dict[str, Any]) -> Any:
     )
 
 
-def _reading(results: dict[str, Any]) -> str:
+def reading(results: dict[str, Any]) -> str:
+    """What the table shows, in a sentence."""
     chosen = results["rounds"][results["best_round"] - 1]["test"]
     first, ridge = results["rounds"][0]["test"], results["ridge"]["test"]
     return (

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-import array_api_compat
+import numpy as np
 
 from sdfast.hilbert import _arrays
 from sdfast.hilbert.path import DistillationPath, distill_spectrum
-from sdfast.hilbert.spectrum import decompose_checked
+from sdfast.hilbert.spectrum import check_overwrite, decompose_checked
 
 __all__ = ["self_distill"]
 
@@ -42,21 +42,23 @@ def self_distill(
         joint: One ε and one c for all outputs together; otherwise each output has its own.
         jitter: Added to gram's diagonal.
         rank_tolerance: Eigenvalues up to this share of the largest count as zero (``decompose`` has the default).
-        overwrite_gram: Let LAPACK work in gram's memory.
+        overwrite_gram: Put the eigenvectors into gram's own memory, a float64 NumPy matrix: beyond it O(K · outputs) is
+            needed, in exchange for an eigendecomposition that takes several times as long.
         backend: Of the multipliers: ``"native"``, ``"array"``, or the best there is.
 
     Returns:
         The path. Where labels cannot be fitted to within ε, because eigenvalues are zero, `path.infeasible` says so.
 
     Raises:
-        TypeError: An argument has the wrong type; class labels are integers, and must be coded first.
+        TypeError: An argument has the wrong type; class labels are integers, and must be coded first. Or gram is to be
+            overwritten, and cannot be.
         ValueError: An argument has an impossible value: both or neither tolerance, an indefinite Gram matrix, all
             labels equal, or an ε that is not above zero or that already the zero function meets (collapse).
     """
     if rounds is not None:
         rounds = _arrays.check_count("rounds", rounds)
-    if overwrite_gram and not array_api_compat.is_numpy_array(gram):
-        raise TypeError(f"overwrite_gram: gram is a {type(gram).__name__}, wanted a NumPy array to work in")
+    joint = _arrays.check_flag("joint", joint)
+    overwrite_gram = check_overwrite(overwrite_gram, gram)
     checked = _arrays.check_gram(gram)
     columns, single = _arrays.check_targets(y, checked)
     epsilon = _tolerance(columns, tolerance, relative_tolerance, joint)
@@ -70,10 +72,19 @@ def _tolerance(y: Any, tolerance: Any, relative_tolerance: float | None, joint: 
     if (tolerance is None) == (relative_tolerance is None):
         got = "neither" if tolerance is None else f"both, {tolerance} and {relative_tolerance}"
         raise ValueError(f"tolerance, relative_tolerance: got {got}, wanted exactly one")
-    energy = xp.sum(y * y, axis=0) / y.shape[0]
+    with np.errstate(over="ignore"):  # said below
+        energy = xp.sum(y * y, axis=0) / y.shape[0]
     if joint:
         energy = xp.sum(energy, keepdims=True)
+    if not xp.all(xp.isfinite(energy) & (energy > 0)):
+        worst = int(xp.argmin(xp.where(xp.isfinite(energy), energy, -1.0)))
+        which = "" if joint else f" of output {worst}"
+        raise ValueError(
+            f"y: its energy ‖y‖²/K{which} is {float(energy[worst])} in float64, wanted a finite number > 0: labels "
+            "that are all zero have nothing to distil, others want another unit"
+        )
     if relative_tolerance is not None:
+        relative_tolerance = _arrays.check_number("relative_tolerance", relative_tolerance)
         if not 0 < relative_tolerance < 1:
             raise ValueError(
                 f"relative_tolerance: got {relative_tolerance}, wanted within (0, 1): at 1 the zero function already "
@@ -82,6 +93,8 @@ def _tolerance(y: Any, tolerance: Any, relative_tolerance: float | None, joint: 
         epsilon = relative_tolerance * energy
     else:
         given = _arrays.as_array("tolerance", tolerance)
+        if not _arrays.is_floating(given) and _arrays.namespace(given).isdtype(given.dtype, "bool"):
+            raise TypeError(f"tolerance: got {tolerance}, wanted a number")
         if given.ndim > 1 or (given.ndim == 1 and given.shape[0] != energy.shape[0]):
             wanted = "a number" if joint else f"a number or {energy.shape[0]} of them"
             raise ValueError(f"tolerance: got shape {tuple(given.shape)} with joint={joint}, wanted {wanted}")

@@ -50,7 +50,7 @@ def _column(path: "DistillationPath", round: int, output: int | None) -> Any:
     if path.joint or path.single or output is None:
         wanted = "None: one kernel serves all" if path.joint or path.single else f"0 to {values.shape[1] - 1}"
         raise ValueError(f"output: got {output}, wanted {wanted} (joint={path.joint})")
-    if not 0 <= output < values.shape[1]:
+    if _arrays.check_count("output", output, 0) >= values.shape[1]:
         raise ValueError(f"output: got {output}, wanted 0 to {values.shape[1] - 1}")
     return values[:, output]
 

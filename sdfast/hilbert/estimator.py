@@ -58,9 +58,28 @@ class _KernelSelfDistillation(BaseEstimator):
         return tags
 
     def _gram(self, x1: np.ndarray, x2: np.ndarray | None) -> np.ndarray:
-        options = _OPTIONS.get(self.kernel, ()) if isinstance(self.kernel, str) else ()
-        parameters = {name: getattr(self, name) for name in options} | (self.kernel_params or {})
+        parameters = {name: getattr(self, name) for name in self._kernel_options} | (self.kernel_params or {})
         return kernels.gram(self.kernel, x1, x2, **parameters)
+
+    @property
+    def _kernel_options(self) -> tuple[str, ...]:
+        return _OPTIONS.get(self.kernel, ()) if isinstance(self.kernel, str) else ()
+
+    def _check_kernel_options(self) -> None:
+        """An option that the kernel does not take, or that is given twice, is refused."""
+        given = {} if self.kernel_params is None else self.kernel_params
+        if not isinstance(given, dict):
+            raise TypeError(f"kernel_params: got {type(given).__name__}, wanted a dictionary")
+        for name, default in (("gamma", None), ("degree", 3), ("coef0", 1)):
+            value = getattr(self, name)
+            if value is default or value == default:
+                continue
+            if name not in self._kernel_options:
+                raise ValueError(
+                    f"{name}: got {value}, which kernel={self.kernel!r} does not take (kernel_params has the others)"
+                )
+            if name in given:
+                raise ValueError(f"{name}: got {value}, and {given[name]} in kernel_params, wanted one of them")
 
     def _fit(self, x: np.ndarray, y: np.ndarray, sample_weight: Any) -> None:
         """Fits (n, outputs) targets; sets everything that `_predict` needs."""
@@ -90,25 +109,25 @@ class _KernelSelfDistillation(BaseEstimator):
         self.dual_coef_ = root[:, None] * path.dual_coefficients(self.rounds_)
 
     def _check_options(self) -> None:
+        self._check_kernel_options()
+        if isinstance(self.rounds, str) and self.rounds != "auto":
+            raise ValueError(f"rounds: got {self.rounds!r}, wanted an integer or 'auto'")
         if self.rounds != "auto":
             _arrays.check_count("rounds", self.rounds)
-        given = [
-            f"{name}={value}"
-            for name, value, default in (
-                ("tolerance", self.tolerance, "auto"),
-                ("relative_tolerance", self.relative_tolerance, None),
-                ("ridge", self.ridge, None),
-            )
-            if value != default
-        ]
+        given = []
+        for name, high in (("tolerance", math.inf), ("relative_tolerance", 1), ("ridge", math.inf)):
+            value = getattr(self, name)
+            if value is None and name != "tolerance":
+                continue
+            if isinstance(value, str) and name == "tolerance":
+                if value == "auto":
+                    continue
+                raise ValueError(f"tolerance: got {value!r}, wanted a number or 'auto'")
+            if not 0 < _arrays.check_number(name, value) < high:
+                raise ValueError(f"{name}: got {value!r}, wanted a number in (0, {high})")
+            given.append(f"{name}={value}")
         if len(given) > 1:
             raise ValueError(f"{', '.join(given)}: wanted one of tolerance, relative_tolerance and ridge")
-        for name, low, high in (("tolerance", 0, math.inf), ("relative_tolerance", 0, 1), ("ridge", 0, math.inf)):
-            value = getattr(self, name)
-            if value is None or (isinstance(value, str) and value == "auto" and name == "tolerance"):
-                continue
-            if isinstance(value, str | bool) or not low < value < high:
-                raise ValueError(f"{name}: got {value!r}, wanted a number in ({low}, {high})")
 
     def _spectrum(self, root: np.ndarray, total: float) -> Spectrum:
         """Of G = W^½ K W^½ / Σw."""
@@ -120,7 +139,7 @@ class _KernelSelfDistillation(BaseEstimator):
         checked = _arrays.check_gram(gram) * np.outer(root, root)
         # The cut of a data set in which each point stands as often as its weight says.
         unit = max(total, len(root)) * 2.0**-52 if checked.dtype == np.float64 else None
-        spectrum = decompose_checked(checked, 0.0, unit, True)
+        spectrum = decompose_checked(checked, 0.0, unit, False)
         return Spectrum(spectrum.values * (len(root) / total), spectrum.vectors, spectrum.rank)
 
     def _choose(
@@ -147,7 +166,7 @@ class _KernelSelfDistillation(BaseEstimator):
 
     @property
     def _searches(self) -> bool:
-        return self.tolerance == "auto" and self.relative_tolerance is None and self.ridge is None
+        return isinstance(self.tolerance, str) and self.relative_tolerance is None and self.ridge is None
 
     def _paths(self, spectrum: Spectrum, y: np.ndarray, total: float) -> Iterator[DistillationPath]:
         """The paths to choose from; those that are infeasible or collapse at once have no fits."""

@@ -4,6 +4,7 @@ Matrices hold plain kernel values g(x, x'); dividing by K is `self_distill`'s pa
 arrays; the spline, arc-cosine and neural tangent kernels take CuPy arrays too.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -40,10 +41,12 @@ def gram(kernel: str | Callable[..., Any], x1: Any, x2: Any = None, **parameters
     function = kernel if callable(kernel) else KERNELS.get(kernel) if isinstance(kernel, str) else None
     if function is None:
         raise ValueError(f"kernel: got {kernel!r}, wanted one of {', '.join(map(repr, KERNELS))}, or a function")
-    x1 = _points("x1", x1)
-    x2 = x1 if x2 is None else _points("x2", x2)
-    if x1.shape[1] != x2.shape[1]:
-        raise ValueError(f"x2: got {x2.shape[1]} features, wanted {x1.shape[1]} as x1")
+    if function in KERNELS.values():
+        takes = list(inspect.signature(function).parameters)[2:]
+        if unknown := [name for name in parameters if name not in takes]:
+            wanted = ", ".join(takes) or "none"
+            raise TypeError(f"{unknown[0]}: kernel {kernel!r} does not take it, wanted its parameters: {wanted}")
+    x1, x2 = _both_points(x1, x2)
     matrix = _arrays.as_array("kernel", function(x1, x2, **parameters))
     if tuple(matrix.shape) != (x1.shape[0], x2.shape[0]):
         raise ValueError(
@@ -59,12 +62,22 @@ def _points(name: str, value: Any) -> Any:
     return x if _arrays.is_floating(x) else _arrays.namespace(x).astype(x, _arrays.namespace(x).float64)
 
 
+def _both_points(x1: Any, x2: Any) -> tuple[Any, Any]:
+    """x1 and x2, or x1 twice, with as many features."""
+    x1 = _points("x1", x1)
+    x2 = x1 if x2 is None else _points("x2", x2)
+    if x1.shape[1] != x2.shape[1]:
+        raise ValueError(f"x2: got {x2.shape[1]} features, wanted {x1.shape[1]} as x1")
+    return x1, x2
+
+
 def _numpy_only(name: str, *arrays: Any) -> None:
     if any(array_api_compat.is_cupy_array(x) for x in arrays if x is not None):
         raise NotImplementedError(f"kernel: {name!r} is scikit-learn's, for NumPy arrays: with CuPy pass a function")
 
 
 def _positive(name: str, value: float) -> None:
+    value = _arrays.check_number(name, value)
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name}: got {value}, wanted a finite number > 0")
 
@@ -121,8 +134,7 @@ def spline(x1: Any, x2: Any = None) -> Any:
     Raises:
         ValueError: A point has several features, or lies outside [0, 1].
     """
-    x1 = _points("x1", x1)
-    x2 = x1 if x2 is None else _points("x2", x2)
+    x1, x2 = _both_points(x1, x2)
     xp = _arrays.namespace(x1)
     for name, x in (("x1", x1), ("x2", x2)):
         if x.shape[1] != 1:
@@ -169,9 +181,9 @@ def relu_ntk(x1: Any, x2: Any = None, *, depth: int = 1, bias_variance: float = 
 
 
 def _relu_network(x1: Any, x2: Any, depth: int, bias_variance: float) -> tuple[Any, Any]:
-    x1 = _points("x1", x1)
-    x2 = x1 if x2 is None else _points("x2", x2)
+    x1, x2 = _both_points(x1, x2)
     depth = _arrays.check_count("depth", depth)
+    bias_variance = _arrays.check_number("bias_variance", bias_variance)
     if not (math.isfinite(bias_variance) and bias_variance >= 0):
         raise ValueError(f"bias_variance: got {bias_variance}, wanted a finite number >= 0")
     xp = _arrays.namespace(x1)

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from sdfast.hilbert import _arrays, selection
 from sdfast.hilbert.spectrum import Spectrum, decompose
 
@@ -54,11 +56,17 @@ class _Problem:
 
 
 def _problem(gram: Any, y: Any, ridge: float) -> _Problem:
-    if not (math.isfinite(ridge) and ridge > 0):
-        raise ValueError(f"ridge: got {ridge}, wanted a finite number > 0, the c of (c I + gram / K)⁻¹")
+    ridge = _check_ridge(ridge)
     spectrum = gram if isinstance(gram, Spectrum) else decompose(gram)
     columns, single = _arrays.check_targets(y, spectrum.vectors)
     return _Problem(spectrum, spectrum.vectors.T @ columns, single, float(ridge))
+
+
+def _check_ridge(ridge: Any) -> float:
+    ridge = _arrays.check_number("ridge", ridge)
+    if not (math.isfinite(ridge) and ridge > 0):
+        raise ValueError(f"ridge: got {ridge}, wanted a finite number > 0, the c of (c I + gram / K)⁻¹")
+    return ridge
 
 
 def limit_ridge(ridge: float, alpha: float) -> float:
@@ -72,8 +80,9 @@ def limit_ridge(ridge: float, alpha: float) -> float:
         c / α.
 
     Raises:
-        ValueError: α is outside (0, 2).
+        ValueError: α is outside (0, 2), or c is not above 0.
     """
+    ridge, alpha = _check_ridge(ridge), _arrays.check_number("alpha", alpha)
     if not 0 < alpha < 2:
         raise ValueError(f"alpha: got {alpha}, wanted within (0, 2): other rounds collapse (0) or may diverge")
     return ridge / alpha
@@ -124,7 +133,10 @@ def mixed_rounds(gram: Any, y: Any, alpha: float | Sequence[float], *, ridge: fl
     """
     rounds = _arrays.check_count("rounds", rounds)
     problem = _problem(gram, y, ridge)
-    weights = [float(a) for a in alpha] if isinstance(alpha, Sequence) else [float(alpha)] * (rounds - 1)
+    if isinstance(alpha, Sequence | np.ndarray) and not isinstance(alpha, str):
+        weights = [_arrays.check_number("alpha", each) for each in alpha]
+    else:
+        weights = [_arrays.check_number("alpha", alpha)] * (rounds - 1)
     if len(weights) != rounds - 1:
         raise ValueError(f"alpha: got {len(weights)} values, wanted {rounds - 1}: one for each fit after the first")
     if not all(map(math.isfinite, weights)):
@@ -224,6 +236,7 @@ def optimal_rounds(
     """
     if criterion not in CRITERIA:
         raise ValueError(f"criterion: got {criterion!r}, wanted 'gcv' or 'cp'")
+    variance = None if variance is None else _arrays.check_number("variance", variance)
     if variance is not None and (criterion != "cp" or not (math.isfinite(variance) and variance >= 0)):
         raise ValueError(f"variance: got {variance} with criterion={criterion!r}, wanted >= 0, and with 'cp' only")
     rounds = _arrays.check_count("rounds", rounds)

@@ -1,5 +1,6 @@
 """The rounds of self-distillation on a kernel, in closed form (Mobahi, Farajtabar, Bartlett 2020)."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -306,17 +307,24 @@ class DistillationPath:
         """The path at another ε from the same decomposition.
 
         Args:
-            factor: Of the present ε.
+            factor: Of the present ε, above 0.
             rounds: The most fits; ``None`` as many as were asked for here.
 
         Returns:
             The path; without fits where that ε collapses at once.
+
+        Raises:
+            ValueError: An argument has an impossible value.
         """
+        factor = _arrays.check_number("factor", factor)
+        if not (math.isfinite(factor) and factor > 0):
+            raise ValueError(f"factor: got {factor}, wanted a finite number > 0")
+        rounds = self.asked if rounds is None else _arrays.check_count("rounds", rounds)
         return distill_spectrum(
             self.spectrum,
             self.y,
             self.tolerance * factor,
-            rounds=rounds or self.asked,
+            rounds=rounds,
             joint=self.joint,
             single=self.single,
             points=self.points,

@@ -11,6 +11,9 @@ one pass per step, for the CPU (pybind11) and for CUDA (CuPy compiles the header
 
 import math
 import os
+import sys
+from importlib import import_module
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +29,26 @@ _MAX_STEPS = 200  # Newton takes 5 to 20; this ends a loop that NaN would keep a
 _ENTRIES_PER_THREAD = 20_000
 _LAST_STEP = 1e-9  # a step this small (relative) leaves an error of its square
 
-try:
-    from sdfast import _secular as _native
 
-    _reason: str | None = None
-except ImportError as error:
-    _native = None
-    _reason = (
-        f"sdfast._secular cannot be imported ({error}): built with a C++ compiler and pybind11, per Python version"
-    )
-if os.environ.get("SDFAST_NATIVE") == "0":
-    _native, _reason = None, "SDFAST_NATIVE=0 is set"
+def _load() -> tuple[Any, str | None]:
+    """The native solver beside this package, or why there is none."""
+    if os.environ.get("SDFAST_NATIVE") == "0":
+        return None, "SDFAST_NATIVE=0 is set"
+    folder = Path(__file__).parent.parent
+    if PathFinder.find_spec("sdfast._secular", [str(folder)]) is None:  # nor that of another copy of the package
+        others = ", ".join(sorted(path.name.split(".")[1] for path in folder.glob("_secular.*.so")))
+        there = f", there are those of {others}" if others else ""
+        return None, (
+            f"sdfast._secular is not installed for this Python, {sys.implementation.cache_tag}{there}: it is built "
+            "where pybind11 and a C++ compiler are"
+        )
+    try:
+        return import_module("sdfast._secular"), None
+    except ImportError as error:
+        return None, f"sdfast._secular cannot be loaded: {error}"
+
+
+_native, _reason = _load()
 
 
 def why_not_native() -> str | None:

@@ -13,7 +13,6 @@ __all__ = ["CRITERIA", "RoundChoice", "best_round", "noise_rate", "ridge_of_leas
 
 CRITERIA = ("gcv", "loo")
 OTHER_TOLERANCES = (0.5, 0.5**0.5, 2.0**0.5, 2.0)  # factors of ε at which the choice is looked at again
-_BLOCK = 1024
 
 
 class RoundChoice(int):
@@ -104,8 +103,7 @@ def _contributions(path: "DistillationPath", criterion: str) -> list[Any]:
 def _diagonal(vectors: Any, values: Any) -> Any:
     """diag(V diag(values) Vᵀ), (K, columns), without a second K × K matrix."""
     xp = _arrays.namespace(vectors)
-    starts = range(0, vectors.shape[0], _BLOCK)
-    return xp.concat([vectors[start : start + _BLOCK, :] ** 2 @ values for start in starts])
+    return xp.concat([vectors[rows, :] ** 2 @ values for rows in _arrays.row_blocks(vectors)])
 
 
 def best_round(path: "DistillationPath", criterion: str = "gcv") -> RoundChoice:

@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import array_api_compat
 import numpy as np
 
 from sdfast.hilbert import _arrays
@@ -75,30 +74,45 @@ def decompose(
         jitter: Added to gram's diagonal; it becomes part of the kernel.
         rank_tolerance: Eigenvalues up to this share of the largest are zero. ``None``: K · 2⁻⁵²; at least 8 units in
             the last place of gram's dtype where that is coarser; and at least twice what rounding left below zero.
-        overwrite_gram: Let LAPACK work in gram's memory where it is a float64 NumPy matrix: no copy of it is made.
+        overwrite_gram: Put the eigenvectors into gram's own memory, a float64 NumPy matrix: LAPACK's QR iteration then
+            needs O(K) beside it, and takes several times as long as the default, which needs three more matrices.
 
     Returns:
         The spectrum, in float64.
 
     Raises:
+        TypeError: An argument has the wrong type, or gram is to be overwritten, and cannot be.
         ValueError: The matrix is not square, finite, symmetric and positive semi-definite, or an option is impossible.
     """
+    overwrite_gram = check_overwrite(overwrite_gram, gram)
     return decompose_checked(_arrays.check_gram(gram), jitter, rank_tolerance, overwrite_gram)
+
+
+def check_overwrite(overwrite: Any, gram: Any) -> bool:
+    """Whether to work in gram's memory, which must be such that LAPACK can."""
+    if not _arrays.check_flag("overwrite_gram", overwrite):
+        return False
+    fits = type(gram) is np.ndarray and gram.dtype == np.float64 and (gram.flags.forc and gram.flags.writeable)
+    if not fits:
+        what = f"of {gram.dtype}" if isinstance(gram, np.ndarray) else f"a {type(gram).__name__}"
+        raise TypeError(f"overwrite_gram: gram is {what}, wanted a contiguous writeable float64 NumPy array to work in")
+    return True
 
 
 def decompose_checked(gram: Any, jitter: float, rank_tolerance: float | None, overwrite_gram: bool) -> Spectrum:
     """`decompose` of a matrix that `check_gram` has seen."""
     xp = _arrays.namespace(gram)
     points = gram.shape[0]
+    jitter = _arrays.check_number("jitter", jitter)
     if not (math.isfinite(jitter) and jitter >= 0):
         raise ValueError(f"jitter: got {jitter}, wanted a finite number >= 0")
     unit = float(xp.finfo(gram.dtype).eps)
     if rank_tolerance is None:
         cut = max(points * 2.0**-52, 0.0 if unit < 1e-12 else 8 * unit)
-    elif 0 <= rank_tolerance < 1:
-        cut = float(rank_tolerance)
     else:
-        raise ValueError(f"rank_tolerance: got {rank_tolerance}, wanted within [0, 1)")
+        cut = _arrays.check_number("rank_tolerance", rank_tolerance)
+        if not 0 <= cut < 1:
+            raise ValueError(f"rank_tolerance: got {rank_tolerance}, wanted within [0, 1)")
     values, vectors = _eigh(xp.astype(gram, xp.float64, copy=False), overwrite_gram)
     values = values + jitter
     largest = float(xp.max(xp.abs(values)))
@@ -115,9 +129,10 @@ def decompose_checked(gram: Any, jitter: float, rank_tolerance: float | None, ov
 
 
 def _eigh(gram: Any, overwrite: bool) -> tuple[Any, Any]:
-    if not overwrite or not array_api_compat.is_numpy_array(gram):
+    if not overwrite:
         return tuple(_arrays.namespace(gram).linalg.eigh(gram))
     from scipy.linalg import eigh
 
     columns = gram if gram.flags.f_contiguous else gram.T  # LAPACK wants columns, and would copy rows
-    return eigh(columns, overwrite_a=True, check_finite=False, driver="evd")
+    # Of LAPACK's drivers the only one whose workspace is not another K × K or two.
+    return eigh(columns, overwrite_a=True, check_finite=False, driver="ev")

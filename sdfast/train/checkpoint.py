@@ -130,6 +130,8 @@ class Checkpoint:
         parts = {"model": distiller.model, "optimizer": distiller.optimizer, "scaler": distiller.scaler}
         if distiller.scheduler is not None:
             parts["scheduler"] = distiller.scheduler
+        if distiller.method is not None:
+            parts["method"] = distiller.method
         if _has_state(self.train):
             parts["train"] = self.train
         return parts

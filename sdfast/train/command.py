@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sdfast import _dispatch, _files, _locks, plots, report
+from sdfast.baselines import METHODS, TwoNetworks, make_method
 from sdfast.data import Dataset, NoisyLabels, evaluation_batches, training_batches
 from sdfast.ops.self_distillation import AdaptiveAlpha
 from sdfast.ops.self_distillation.arguments import is_no_op
@@ -22,9 +23,18 @@ from sdfast.train.data_flags import (
     model_maker,
     noisy_labels,
 )
-from sdfast.train.flags import SETTINGS, check_arguments, describe, named_as_flags, settings_of, take_settings
+from sdfast.train.flags import (
+    SETTINGS,
+    check_arguments,
+    describe,
+    method_options,
+    named_as_flags,
+    settings_of,
+    take_settings,
+)
 from sdfast.train.history import History, strict_number
-from sdfast.train.self_distiller import AMP_DTYPES, SelfDistiller
+from sdfast.train.parts import AMP_DTYPES
+from sdfast.train.self_distiller import SelfDistiller
 
 LABEL_FUNCTIONS = ("hardmax", "softmax", "identity")
 
@@ -35,6 +45,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data_arguments(parser)
 
     loss = parser.add_argument_group("loss")
+    loss.add_argument(
+        "--method",
+        choices=tuple(METHODS),
+        help="a published method with a loss of its own, instead of the options below; co-teaching trains two networks",
+    )
+    loss.add_argument(
+        "--option",
+        nargs="+",
+        metavar="NAME=VALUE",
+        help="of the method, as sdfast.baselines names them",
+    )
     alpha = loss.add_mutually_exclusive_group()
     alpha.add_argument(
         "--alpha-ratio",
@@ -96,7 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
     with named_as_flags():
         data = load_data(arguments)
         noise = noisy_labels(arguments, data, arguments.seed)
-        distiller = _distiller(arguments, data)
+        distiller = _distiller(arguments, data, noise)
     arguments.output.mkdir(parents=True, exist_ok=True)
     with _locks.held(arguments.output, "sdfast train"):
         return _run(arguments, data, noise, distiller)
@@ -141,7 +162,7 @@ def _fit(arguments: argparse.Namespace, distiller: SelfDistiller, data: Dataset,
 
 
 def _say_if_no_op(arguments: argparse.Namespace) -> None:
-    plain = arguments.alpha == 1 or arguments.alpha_ratio == 0
+    plain = arguments.method is not None or arguments.alpha == 1 or arguments.alpha_ratio == 0
     if not plain and is_no_op(arguments.label_fn, arguments.temperature, arguments.loss, None):
         print(
             f"sdfast train: warning: --label-fn {arguments.label_fn} with --loss {arguments.loss} is plain training at "
@@ -151,30 +172,38 @@ def _say_if_no_op(arguments: argparse.Namespace) -> None:
         )
 
 
-def _distiller(arguments: argparse.Namespace, data: Dataset) -> SelfDistiller:
-    torch.manual_seed(arguments.seed)
-    model = model_maker(arguments, data)()
+def _distiller(arguments: argparse.Namespace, data: Dataset, noise: NoisyLabels) -> SelfDistiller:
+    method = None
+    if arguments.method is not None:
+        method = make_method(arguments.method, noise.labels, data.num_classes, **method_options(arguments))
+    model = _model(arguments, data)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=arguments.lr, momentum=arguments.momentum, weight_decay=arguments.weight_decay
     )
     scheduler = None
     if arguments.schedule == "cosine":
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, arguments.epochs)
-    alpha = AdaptiveAlpha(arguments.alpha_ratio) if arguments.alpha is None else arguments.alpha
     return SelfDistiller(
         model,
         optimizer,
-        alpha=alpha,
-        label_fn=arguments.label_fn,
-        temperature=arguments.temperature,
-        loss=arguments.loss,
-        label_smoothing=arguments.label_smoothing,
-        backend=arguments.backend,
+        **(_loss_options(arguments) if method is None else {"method": method}),
         scheduler=scheduler,
         device=arguments.device,
         amp=arguments.amp,
         compile=arguments.compile,
     )
+
+
+def _model(arguments: argparse.Namespace, data: Dataset) -> torch.nn.Module:
+    torch.manual_seed(arguments.seed)
+    make = model_maker(arguments, data)
+    return TwoNetworks(make(), make()) if arguments.method == "co-teaching" else make()
+
+
+def _loss_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("label_fn", "temperature", "loss", "label_smoothing", "backend")
+    alpha = AdaptiveAlpha(arguments.alpha_ratio) if arguments.alpha is None else arguments.alpha
+    return {"alpha": alpha, **{name: getattr(arguments, name) for name in names}}
 
 
 def _write(arguments: argparse.Namespace, settings: dict[str, Any], history: History) -> None:

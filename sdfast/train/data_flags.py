@@ -10,8 +10,8 @@ from torch import nn
 
 from sdfast.data import Dataset, NoisyLabels, dataset_names, flip_labels, load_dataset
 from sdfast.models.registry import MODELS, flat_mlp, model_builder
+from sdfast.train.parts import AMP_DTYPES
 from sdfast.train.recipe import SCHEDULES, Recipe
-from sdfast.train.self_distiller import AMP_DTYPES
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,7 @@
 """The flags of ``sdfast train``: what may go together, and what a run was started with."""
 
 import argparse
+import inspect
 import json
 import re
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sdfast.baselines import options_of
 from sdfast.train.data_flags import check_noise
 
 SETTINGS = "settings.json"
@@ -19,6 +21,11 @@ MAX_WIDTH = 65536  # of a hidden layer: two of them are 16 GiB
 _NO_SETTINGS = (
     "command", "run", "when_interrupted", "given", "output", "resume", "json", "no_progress", "download",
 )  # fmt: skip
+
+# What the loss's flags are where nobody set them; a method has none of them.
+_LOSS_DEFAULTS = {
+    "label_fn": "hardmax", "temperature": 1.0, "loss": "cross_entropy", "label_smoothing": 0.0, "backend": None,
+}  # fmt: skip
 
 # Arguments of the library whose flag has another name.
 _FLAGS = {
@@ -83,7 +90,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: An option is impossible, or does not go with the others; the message names the flag.
     """
-    if arguments.alpha is None and arguments.alpha_ratio is None:
+    _check_method(arguments)
+    if arguments.alpha is None and arguments.alpha_ratio is None and arguments.method is None:
         arguments.alpha_ratio = 1.0
     for name in ("epochs", "batch_size"):
         if getattr(arguments, name) < 1:
@@ -115,6 +123,42 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     check_noise(arguments)
 
 
+def _check_method(arguments: argparse.Namespace) -> None:
+    if arguments.method is None:
+        if arguments.option:
+            raise ValueError(f"--option: {arguments.option[0]} is of a method, and there is no --method")
+        return
+    defaults = {"alpha": None, "alpha_ratio": None, **_LOSS_DEFAULTS}
+    for name, default in defaults.items():
+        value = getattr(arguments, name)
+        if value != default:
+            raise ValueError(f"{flag(name)}: got {value}, but --method {arguments.method} has a loss of its own")
+    method_options(arguments)
+
+
+def method_options(arguments: argparse.Namespace) -> dict[str, int | float]:
+    """The options of the method as numbers by name.
+
+    Raises:
+        ValueError: One is no NAME=VALUE, the method has no such option, or lacks one without a default.
+    """
+    known = options_of(arguments.method)
+    options: dict[str, int | float] = {}
+    for text in arguments.option or ():
+        name, equals, value = text.partition("=")
+        if not equals or name not in known:
+            has = f"one of {', '.join(known)}" if known else "none: it has no options"
+            raise ValueError(f"--option: got {text}, wanted NAME=VALUE with --method {arguments.method}, NAME {has}")
+        try:
+            options[name] = int(value) if re.fullmatch(r"[+-]?\d+", value) else float(value)
+        except ValueError:
+            raise ValueError(f"--option: got {text}, wanted a number after the =") from None
+    for name, parameter in known.items():
+        if parameter.default is inspect.Parameter.empty and name not in options:
+            raise ValueError(f"--option: --method {arguments.method} wants {name}=VALUE, which has no default")
+    return options
+
+
 def _check_float32(name: str, value: float) -> None:
     largest = torch.finfo(torch.float32).max
     if abs(value) > largest:
@@ -144,6 +188,9 @@ def describe(settings: dict[str, Any]) -> str:
     noise = f"{settings['noise_kind']} label noise {settings['noise']:g}" if settings["noise"] else "no label noise"
     if settings["noise"] and settings["noise_convention"] == "others":
         noise += " (to other classes)"
+    if settings["method"] is not None:
+        options = f" ({', '.join(settings['option'])})" if settings["option"] else ""
+        return f"{settings['dataset']}, {noise}; {settings['method']}{options}"
     if settings["alpha"] is None:
         alpha = f"1 − alpha = {settings['alpha_ratio']:g} · batch accuracy"
     else:

@@ -5,25 +5,26 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from sdfast import _checks, _devices, _dispatch
+from sdfast.baselines.method import Method
 from sdfast.data.batches import Batches
 from sdfast.nn import SelfDistillationLoss
-from sdfast.ops.self_distillation import AdaptiveAlpha, ClipLabel
+from sdfast.ops.self_distillation import AdaptiveAlpha, ClipLabel, GeneralizedCrossEntropy, LossStats, SmallLoss
 from sdfast.ops.self_distillation.reference import batch_accuracy
 from sdfast.train.checkpoint import Checkpoint
 from sdfast.train.history import EpochRecord, History
+from sdfast.train.parts import AMP_DTYPES, amp_name, check_batches, check_method, check_parts
 from sdfast.train.settings import number_of_batches, training_settings
 
 __all__ = ["SelfDistiller"]
-
-AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Sums over an epoch, kept on the device: rows kept, then each of these times the rows it stands for.
 _SUMS = ("loss", "accuracy", "alpha", "agreement")
@@ -41,12 +42,17 @@ class SelfDistiller:
         optimizer: Over parameters of `model`.
         alpha: Weight of the given label: a number, `sdfast.AdaptiveAlpha`, or a function of (epoch, step) that returns
             a number or a 0-d tensor; both count from 0, steps over the whole training.
+        method: Instead of `alpha` and the loss's options, a method of `sdfast.baselines`; its state is in the
+            checkpoints. One that keeps something of each sample wants batches with indices.
         label_fn: As in `sdfast.self_distillation_loss`, and so are all up to `backend`.
         temperature: Of the softmax.
+        mixing: ``"arithmetic"`` or ``"geometric"``.
+        target_temperature: Sharpens the mixed target.
         loss: ``"cross_entropy"``, ``"kl"``, ``"mse"`` or ``"brier"``.
         ignore_index: Rows with this index label count for nothing.
         label_smoothing: Of the given label, before mixing.
         class_weight: (C,).
+        row_weight: A rule: ``"gce"``, `sdfast.GeneralizedCrossEntropy` or `sdfast.SmallLoss`.
         backend: Of the loss.
         scheduler: A torch scheduler of the learning rate.
         scheduler_step: After which the scheduler steps: ``"epoch"`` or ``"step"``.
@@ -66,13 +72,17 @@ class SelfDistiller:
         model: nn.Module,
         optimizer: Optimizer,
         *,
-        alpha: float | AdaptiveAlpha | Callable[[int, int], float | Tensor],
+        alpha: float | AdaptiveAlpha | Callable[[int, int], float | Tensor] | None = None,
+        method: Method | None = None,
         label_fn: str | ClipLabel = "hardmax",
         temperature: float = 1.0,
+        mixing: str = "arithmetic",
+        target_temperature: float = 1.0,
         loss: str = "cross_entropy",
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
         class_weight: Tensor | None = None,
+        row_weight: str | GeneralizedCrossEntropy | SmallLoss | None = None,
         backend: str | None = None,
         scheduler: LRScheduler | None = None,
         scheduler_step: str = "epoch",
@@ -80,30 +90,45 @@ class SelfDistiller:
         amp: str | torch.dtype | None = None,
         compile: bool = False,
     ) -> None:
-        _check_parts(model, optimizer, scheduler)
+        check_parts(model, optimizer, scheduler)
+        options: dict[str, Any] = {
+            "label_fn": label_fn,
+            "temperature": temperature,
+            "mixing": mixing,
+            "target_temperature": target_temperature,
+            "loss": loss,
+            "ignore_index": ignore_index,
+            "label_smoothing": label_smoothing,
+            "class_weight": class_weight,
+            "row_weight": row_weight,
+            "backend": backend,
+        }
+        defaults = SelfDistiller.__init__.__kwdefaults__ or {}
+        check_method(
+            method, alpha, {k: v for k, v in options.items() if v is not defaults[k] and str(v) != str(defaults[k])}
+        )
+        if compile and method is not None and method.looks_into_model:
+            raise NotImplementedError(
+                f"compile: the method {method.name} looks into the model as it runs; compile=False"
+            )
         _checks.check_option("scheduler_step", scheduler_step, ("epoch", "step"))
         self.device = next(model.parameters()).device if device is None else _devices.usable(device)
-        self.amp = _amp_name(amp, self.device)
+        self.amp = amp_name(amp, self.device)
         self.loss = SelfDistillationLoss(
-            1.0 if callable(alpha) else alpha,
-            label_fn=label_fn,
-            temperature=temperature,
-            loss=loss,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            class_weight=class_weight,
-            return_stats=True,
-            backend=backend,
+            1.0 if alpha is None or callable(alpha) else alpha, return_stats=True, **options
         ).to(self.device)
         if backend is not None:
             _dispatch.choose(backend, self.device.type)  # refuses one that cannot serve the device, before any work
         self.alpha = alpha
+        self.method = None if method is None else method.to(self.device)
         self.model = model.to(self.device)
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.scheduler_step = scheduler_step
         self.compile = compile
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == "float16")
+        if self.method is not None:
+            self.method.watch(self.model)
         self._forward = torch.compile(self.model) if compile else self.model
         # As they are now: a checkpoint compares them with those of the run it continues.
         self.settings = training_settings(self)
@@ -153,7 +178,7 @@ class SelfDistiller:
         if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
             raise ValueError(f"epochs: got {epochs!r}, wanted an integer >= 1")
         for name, batches in (("train", train), ("eval", eval)):
-            _check_batches(name, batches)
+            check_batches(name, batches)
         if clean_labels is not None:
             _checks.check_tensor("clean_labels", clean_labels)
             _check_clean_rows(clean_labels, train)
@@ -174,6 +199,8 @@ class SelfDistiller:
                 for epoch in range(len(history), 0 if stopped else epochs):
                     began = time.perf_counter()
                     _set_modes(training_modes)
+                    if self.method is not None:
+                        self.method.set_epoch(epoch, epochs)
                     rate = float(self.optimizer.param_groups[0]["lr"])
                     sums, step = self._train_epoch(train, epoch, step, clean_labels, bar)
                     accuracy = None if eval is None else self.evaluate(eval)
@@ -233,13 +260,10 @@ class SelfDistiller:
         sums = torch.zeros(len(_SUMS) + 3, dtype=wide, device=self.device)
         first = step
         for inputs, labels, indices in self._on_device(train, "train"):
-            alpha = self.alpha(epoch, step) if callable(self.alpha) else self.alpha
-            if alpha is None:
-                raise TypeError(f"alpha: the function gave None for epoch {epoch}, step {step}, wanted a number")
             self.optimizer.zero_grad()
             with self._autocast():
                 logits = self._forward(inputs)
-                loss, stats = self.loss(logits, labels, alpha=alpha)
+                loss, stats = self._loss(logits, labels, indices, epoch, step)
             self.scaler.scale(loss).backward()
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -250,7 +274,8 @@ class SelfDistiller:
                 means = torch.stack((torch.ones_like(loss), loss, stats.accuracy, stats.alpha, stats.agreement))
                 sums[: len(means)] += means.to(wide) * kept
                 if clean_labels is not None:
-                    sums[len(means) :] += torch.stack(self._correct(logits, _clean_rows(clean_labels, indices)))
+                    predictions = logits if self.method is None else self.method.predictions(logits)
+                    sums[len(means) :] += torch.stack(self._correct(predictions, _clean_rows(clean_labels, indices)))
             step += 1
             bar.update()
         if step == first:
@@ -258,6 +283,16 @@ class SelfDistiller:
         if self.scheduler is not None and self.scheduler_step == "epoch":
             self.scheduler.step()
         return sums.tolist(), step
+
+    def _loss(
+        self, logits: Tensor, labels: Tensor, indices: Tensor | None, epoch: int, step: int
+    ) -> tuple[Tensor, LossStats]:
+        if self.method is not None:
+            return self.method(logits, labels, indices, return_stats=True)
+        alpha = self.alpha(epoch, step) if callable(self.alpha) else self.alpha
+        if alpha is None:
+            raise TypeError(f"alpha: the function gave None for epoch {epoch}, step {step}, wanted a number")
+        return self.loss(logits, labels, alpha=alpha)
 
     def _on_device(self, batches: Iterable, name: str) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         for batch in batches:
@@ -348,41 +383,3 @@ def _not_finite(history: History) -> FloatingPointError:
     )
     error.history = history  # type: ignore[attr-defined]
     return error
-
-
-def _check_parts(model: object, optimizer: object, scheduler: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer: got {type(optimizer).__name__}, wanted a torch.optim.Optimizer")
-    own = {id(parameter) for parameter in model.parameters()}
-    if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
-        raise ValueError("optimizer: holds no parameter of model, so training would change nothing")
-    if isinstance(scheduler, ReduceLROnPlateau):
-        raise NotImplementedError("scheduler: ReduceLROnPlateau wants a figure at each step; step it in a callback")
-    if scheduler is not None and not isinstance(scheduler, LRScheduler):
-        raise TypeError(f"scheduler: got {type(scheduler).__name__}, wanted a torch.optim.lr_scheduler.LRScheduler")
-    if scheduler is not None and scheduler.optimizer is not optimizer:
-        raise ValueError("scheduler: belongs to another optimizer than the one given")
-
-
-def _check_batches(name: str, batches: object) -> None:
-    if batches is None and name == "eval":
-        return
-    if not isinstance(batches, Iterable) or isinstance(batches, Tensor):
-        raise TypeError(f"{name}: got {type(batches).__name__}, wanted an iterable of (inputs, labels) batches")
-    if isinstance(batches, Iterator):
-        raise ValueError(
-            f"{name}: got an iterator, which is used up after one epoch; wanted a list, DataLoader or Batches"
-        )
-
-
-def _amp_name(amp: str | torch.dtype | None, device: torch.device) -> str | None:
-    if amp is None:
-        return None
-    names = {dtype: name for name, dtype in AMP_DTYPES.items()}
-    name = names.get(amp, str(amp)) if isinstance(amp, torch.dtype) else amp
-    _checks.check_option("amp", name, AMP_DTYPES)
-    if name == "float16" and device.type == "cpu":
-        raise NotImplementedError("amp: got 'float16' on the CPU, which has no use for it; use 'bfloat16'")
-    return name

@@ -26,10 +26,14 @@ def training_settings(distiller: "SelfDistiller") -> dict[str, Any]:
     """All that decides the course of a training besides its data and its functions."""
     loss, model = distiller.loss, distiller.model
     groups = [{**group, "params": len(group["params"])} for group in distiller.optimizer.param_groups]
-    names = ("label_fn", "temperature", "loss", "ignore_index", "label_smoothing", "backend")
+    names = (
+        "label_fn", "temperature", "mixing", "target_temperature", "loss", "ignore_index", "label_smoothing",
+        "row_weight", "backend",
+    )  # fmt: skip
     shapes = [(name, tuple(value.shape), str(value.dtype)) for name, value in model.state_dict().items()]
     return {
         "alpha": _alpha_text(distiller.alpha),
+        "method": None if distiller.method is None else distiller.method.extra_repr(),
         **{name: str(getattr(loss, name)) for name in names},
         "class_weight": None if loss.class_weight is None else str(loss.class_weight.tolist()),
         "model": f"{re.sub('0x[0-9a-f]+', '', repr(model))} {shapes}",  # without the addresses of functions

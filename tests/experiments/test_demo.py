@@ -1,5 +1,6 @@
 """The demo: what it writes, that its runs differ in α alone, and that it shows what it says."""
 
+import base64
 import json
 import time
 
@@ -24,11 +25,39 @@ def test_writes_a_page_a_picture_and_the_results(capfd, tmp_path):
         line = next(line for line in out.splitlines() if line.startswith(name))
         assert all(figure in line for figure in figures)
     page = (tmp_path / "index.html").read_text()
-    assert page.count("data:image/png;base64,") == 1
+    assert page.count("data:image/png;base64,") == 2
     assert "http" not in page  # it needs nothing but itself
     assert all(header in page for header in headers)
     assert (tmp_path / "my.png").read_bytes() == (tmp_path / "curves.png").read_bytes()
     assert (tmp_path / "my.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rounds_on_a_kernel_help_then_hurt_and_the_best_is_foreseen(capfd, tmp_path):
+    """What the panel says is what ``sdfast hilbert`` finds, and stands in the results, the page and the terminal."""
+    assert main(["demo", "--seeds", "1", "--epochs", "1", "--output", str(tmp_path)]) == 0
+    out = capfd.readouterr().out
+    rounds = json.loads((tmp_path / "results.json").read_text())["kernel_rounds"]
+    assert demo.kernel_command() in out
+    assert main(demo.kernel_command().split()[1:] + ["--json", "--output", str(tmp_path / "alone")]) == 0
+    assert json.loads(capfd.readouterr().out) == rounds
+    assert (rounds["dataset"], rounds["noise"], rounds["kernel"]) == ("digits", 0.4, "rbf")
+    accuracy = [row["test"] for row in rounds["rounds"]]
+    best = rounds["best_round"]
+    peak = 1 + accuracy.index(max(accuracy))
+    assert 1 < peak < len(accuracy)
+    assert accuracy[:peak] == sorted(accuracy[:peak])  # rising,
+    assert accuracy[peak - 1 :] == sorted(accuracy[peak - 1 :], reverse=True)  # then falling
+    assert accuracy[0] < 0.75 < 0.9 < accuracy[best - 1]
+    assert accuracy[-1] < accuracy[best - 1] - 0.05
+    assert max(accuracy) - accuracy[best - 1] < 0.02
+    page = (tmp_path / "index.html").read_text()
+    marked = f"{100 * accuracy[best - 1]:.1f} ← best by GCV"
+    assert marked in page
+    assert marked in out
+    assert f"stops at round {best} of {len(accuracy)}" in page
+    if (tmp_path / "curves.png").exists():
+        picture = (tmp_path / "rounds.png").read_bytes()
+        assert base64.b64encode(picture).decode() in page
 
 
 def test_prints_one_json_document(capfd, tmp_path):

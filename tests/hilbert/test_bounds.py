@@ -136,6 +136,13 @@ def test_a_perfectly_conditioned_kernel():
         (lambda: bounds.sparsity_index([1.0], 2.0, 1), "at least two"),
         (lambda: bounds.sparsity_index([0.0, 1.0], 2.0, 1), "the least is 0"),
         (lambda: bounds.sparsity_limit([0.0, 1.0]), "all positive"),
+        (lambda: bounds.contraction(0.5, 2.0), "condition: got 0.5, wanted κ"),
+        (lambda: bounds.norm_lower_bound(1, np.inf, 2.0), "condition: got inf, wanted finite"),
+        (lambda: bounds.norm_lower_bound(-1, 2.0, 2.0), "fits: got -1.0, wanted none negative"),
+        (lambda: bounds.relative_norm([1.0, 2.0], 0.0), "tolerance: got 0.0"),
+        (lambda: bounds.filter_ratio_bound(1.0, 2.0, 0.5, 3.0, 1), "wanted d_k >= d_j >= d_min > 0"),
+        (lambda: bounds.filter_ratio_bound(1.0, 0.0, 0.0, 3.0, 1), "wanted d_k >= d_j >= d_min > 0"),
+        (lambda: bounds.rademacher_complexity([1.0], radius=0), "radius: got 0.0"),
         (lambda: bounds.tail_complexity(np.ones((2, 2))), r"eigenvalues: got shape \(2, 2\)"),
     ],
 )

@@ -2,11 +2,17 @@
 
 import argparse
 import json
+import pathlib
 
 import numpy as np
 import pytest
 
 from sdfast.hilbert import command
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
 
 def run(*words):
@@ -54,6 +60,8 @@ def test_json_of_every_data_set(capsys, words):
     assert [row["round"] for row in results["rounds"]] == list(range(1, len(results["rounds"]) + 1))
     assert all(np.isfinite(row["test"]) for row in results["rounds"])
     assert command.describe(results)
+    assert json.loads(pathlib.Path("sdfast-hilbert", "results.json").read_text()) == results
+    assert pathlib.Path("sdfast-hilbert", "rounds.png").exists()
 
 
 def test_flip_conventions():

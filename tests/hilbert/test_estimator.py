@@ -17,6 +17,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from sdfast.hilbert import KernelSelfDistillation, KernelSelfDistillationClassifier, self_distill
+from sdfast.hilbert.estimator import FRACTIONS
 
 
 @pytest.fixture
@@ -158,11 +159,70 @@ def test_collapse_is_said(rng):
         ({"ridge": 0.0}, "ridge: got 0.0"),
         ({"ridge": 0.1, "tolerance": 0.1}, "tolerance=0.1, ridge=0.1: wanted one of"),
         ({"kernel": "rbg"}, "kernel: got 'rbg'"),
+        ({"rounds": "best"}, "rounds: got 'best', wanted an integer or 'auto'"),
+        ({"kernel": "matern", "gamma": 0.5}, "gamma: got 0.5, which kernel='matern' does not take"),
+        ({"kernel": np.inner, "gamma": 0.5}, "gamma: got 0.5, which kernel="),
+        ({"degree": 4}, "degree: got 4, which kernel='rbf' does not take"),
+        ({"kernel": "laplacian", "coef0": 0}, "coef0: got 0, which kernel='laplacian' does not take"),
+        ({"gamma": 0.5, "kernel_params": {"gamma": 0.1}}, "gamma: got 0.5, and 0.1 in kernel_params"),
+        ({"gamma": -1.0}, "'gamma' parameter"),
     ],
 )
 def test_bad_parameters(rng, options, message):
     with pytest.raises(ValueError, match=message):
         KernelSelfDistillation(**options).fit(rng.normal(size=(10, 2)), rng.normal(size=10))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rounds": 2.0}, "rounds: got float, wanted an integer"),
+        ({"rounds": True}, "rounds: got bool"),
+        ({"tolerance": None}, "tolerance: got NoneType, wanted a number"),
+        ({"tolerance": np.array([0.1, 0.2])}, "tolerance: got ndarray"),
+        ({"ridge": "small"}, "ridge: got str"),
+        ({"kernel_params": "gamma"}, "kernel_params: got str, wanted a dictionary"),
+        ({"kernel_params": {"width": 1}}, "width: kernel 'rbf' does not take it, wanted its parameters: gamma"),
+    ],
+)
+def test_parameters_of_a_wrong_type(rng, options, message):
+    with pytest.raises(TypeError, match=message):
+        KernelSelfDistillation(**options).fit(rng.normal(size=(10, 2)), rng.normal(size=10))
+
+
+def test_gamma_is_one_over_the_features_unless_given(rng):
+    x, y, weight = rng.normal(size=(20, 4)), rng.normal(size=20), rng.uniform(0, 2, 20)
+    for kernel in ("rbf", "laplacian", "polynomial"):
+        default, given = (
+            KernelSelfDistillation(kernel, gamma=gamma, rounds=2, ridge=0.1).fit(x, y, sample_weight=weight)
+            for gamma in (None, 0.25)
+        )
+        np.testing.assert_array_equal(default.predict(x), given.predict(x))
+
+
+def test_the_choice_is_the_least_gcv_of_the_twelve_fractions(rng, monkeypatch):
+    """By hand with dense smoothers, the mean counted as a degree of freedom; never leave-one-out; one decomposition."""
+    calls = []
+    plain = np.linalg.eigh
+    x = rng.normal(size=(30, 2))
+    y = np.sin(2 * x[:, 0]) + 0.3 * rng.normal(size=30)
+    monkeypatch.setattr(np.linalg, "eigh", lambda *arguments: calls.append(0) or plain(*arguments))
+    model = KernelSelfDistillation(gamma=0.5).fit(x, y)
+    assert len(calls) == 1
+    centre = np.eye(30) - 1 / 30
+    best = (np.inf, 0, 0.0)
+    for share in FRACTIONS:
+        path = self_distill(rbf_kernel(x, gamma=0.5), y - y.mean(), relative_tolerance=share, rounds=50)
+        if path.infeasible:
+            continue
+        vectors = path.spectrum.vectors
+        for t, kept in enumerate(path.B, 1):
+            smoother = 1 / 30 + (vectors * kept) @ vectors.T @ centre  # of the labels as given, mean and all
+            score = ((y - smoother @ y) ** 2).mean() / (1 - np.trace(smoother) / 30) ** 2
+            best = min(best, (score, t, float(path.tolerance[0])))
+    assert model.gcv_ == pytest.approx(best[0], rel=1e-7)
+    assert model.rounds_ == best[1]
+    assert model.tolerance_ == pytest.approx(best[2])
 
 
 def test_bad_data(rng):

@@ -122,6 +122,13 @@ def test_every_kernel_makes_a_path(rng, kernel):
         (lambda x: kernels.gram(lambda a, b: a, x), ValueError, r"kernel: returned shape \(5, 3\), wanted \(5, 5\)"),
         (lambda x: kernels.gram("precomputed", x, x), TypeError, "takes a matrix alone"),
         (lambda x: kernels.gram("rbf", x, degree=2), TypeError, "degree"),
+        (
+            lambda x: kernels.gram("spline", x, gamma=2),
+            TypeError,
+            "gamma: kernel 'spline' does not take it, .*none",
+        ),
+        (lambda x: kernels.arc_cosine(x, x[:, :2]), ValueError, "x2: got 2 features, wanted 3"),
+        (lambda x: kernels.arc_cosine(x, bias_variance="a"), TypeError, "bias_variance: got str"),
         (lambda x: kernels.relu_ntk(x, depth=0), ValueError, "depth: got 0"),
         (lambda x: kernels.relu_ntk(x, bias_variance=-1), ValueError, "bias_variance: got -1"),
         (lambda x: kernels.matern(x, nu=0), ValueError, "nu: got 0"),

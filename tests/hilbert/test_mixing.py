@@ -161,12 +161,16 @@ def test_noise_variance(rng):
         (lambda g, y: mixing.mixed_rounds(g, y, 0.5, ridge=1.0, rounds=0), "rounds: got 0"),
         (lambda g, y: mixing.mixed_rounds(g, y, 0.5, ridge=1.0, rounds=2).fitted(3), "round: got 3"),
         (lambda g, y: mixing.mixed_rounds(g, y, 0.5, ridge=1.0, rounds=2).predict(g[:2, :2], 1), "cross_gram"),
+        (lambda g, y: mixing.mixed_rounds(g, y, "a", ridge=1.0, rounds=1), "alpha: got str, wanted a number"),
+        (lambda g, y: mixing.mixed_rounds(g, y, np.ones(3), ridge=1.0, rounds=3), "alpha: got 3 values, wanted 2"),
+        (lambda g, y: mixing.mixed_rounds(g, y, 0.5, ridge="a", rounds=2), "ridge: got str, wanted a number"),
         (lambda g, y: mixing.limit_ridge(1.0, 0.0), "alpha: got 0.0"),
+        (lambda g, y: mixing.limit_ridge(-1.0, 1.0), "ridge: got -1.0"),
         (lambda g, y: mixing.optimal_rounds(g, y, ridge=1.0, rounds=2, criterion="aic"), "criterion: got 'aic'"),
         (lambda g, y: mixing.optimal_rounds(g, y, ridge=1.0, rounds=2, variance=1.0), "variance: got 1.0"),
         (lambda g, y: mixing.optimal_rounds(g, y[:3], ridge=1.0, rounds=2), r"y: got shape \(3,\)"),
     ],
 )
 def test_bad_input(rng, call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         call(*random_problem(rng, points=5))

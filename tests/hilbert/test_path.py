@@ -4,9 +4,12 @@ import json
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 
 import numpy as np
 import pytest
+import scipy.sparse
+import torch
 from hilbert.kernels_at_random import random_problem
 from scipy.optimize import brentq
 from sklearn.datasets import load_digits
@@ -265,9 +268,36 @@ def test_inputs_are_left_alone_unless_asked(rng):
         assert not np.array_equal(work, gram)
 
 
-def test_float32_and_torch_grams(rng):
-    import torch
+def test_one_decomposition_serves_everything(rng, monkeypatch):
+    calls = []
+    plain = np.linalg.eigh
+    monkeypatch.setattr(np.linalg, "eigh", lambda *arguments: calls.append(0) or plain(*arguments))
+    gram, y = random_problem(rng, points=20, outputs=3, decades=2)
+    path = self_distill(gram, y, relative_tolerance=0.05)
+    path.best_round(), path.best_round("loo"), path.equivalent_gram(2), path.early_stopping_match(), path.to_dataframe()
+    path.predict(gram, 2), path.at_tolerance(0.5).best_round(), path.degrees_of_freedom, path.norms
+    assert len(calls) == 1
 
+
+@pytest.mark.parametrize("outputs", [1, 6])
+def test_in_place_no_second_matrix_is_made(rng, outputs):
+    """Memory beyond the Gram matrix is O(K · outputs), and a few megabytes to look at it in."""
+    points = 1200
+    x = rng.normal(size=(points, 4))
+    gram, y = rbf_kernel(x, gamma=4), rng.normal(size=(points, outputs))
+    tracemalloc.start()
+    try:
+        path = self_distill(gram, y, relative_tolerance=0.1, rounds=5, overwrite_gram=True)
+        path.best_round(), path.best_round("loo"), path.noise_rate, path.degrees_of_freedom
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert np.shares_memory(path.spectrum.vectors, gram)
+    assert len(path) > 1
+    assert peak < 6 * 2**20 < 0.6 * gram.nbytes
+
+
+def test_float32_and_torch_grams(rng):
     gram, y = random_problem(rng, points=8, decades=2)
     wanted = self_distill(gram, y, relative_tolerance=0.1)
     single = self_distill(gram.astype(np.float32), y.astype(np.float32), relative_tolerance=0.1)
@@ -313,6 +343,24 @@ def test_float32_and_torch_grams(rng):
         ({"rank_tolerance": 1.0}, ValueError, "rank_tolerance: got 1.0"),
         ({"backend": "cuda"}, ValueError, "backend: got 'cuda'"),
         ({"gram": [[2.0, 0, 0], [0, 1, 0], [0, 0, 1]], "overwrite_gram": True}, TypeError, "gram is a list"),
+        ({"gram": np.eye(3, dtype=np.float32), "overwrite_gram": True}, TypeError, "gram is of float32, wanted a cont"),
+        ({"gram": np.eye(6)[::2, ::2], "overwrite_gram": True}, TypeError, "wanted a contiguous writeable float64"),
+        ({"overwrite_gram": 1}, TypeError, "overwrite_gram: got 1, wanted True or False"),
+        ({"joint": "no"}, TypeError, "joint: got 'no', wanted True or False"),
+        ({"gram": None}, TypeError, "gram: got NoneType, wanted a dense array"),
+        ({"gram": scipy.sparse.eye_array(3)}, TypeError, "gram: got dia_array, wanted a dense array"),
+        ({"gram": np.ma.masked_equal(np.eye(3), 0)}, TypeError, "gram: got a masked array"),
+        ({"gram": torch.eye(3, dtype=torch.bfloat16)}, TypeError, "gram: a Tensor that cannot be handed over"),
+        ({"gram": torch.eye(3, device="meta")}, TypeError, "gram: a Tensor that cannot be handed over.*meta"),
+        ({"y": np.array([1.0, 2, 3]) * 1e200}, ValueError, r"y: its energy ‖y‖²/K is inf in float64"),
+        ({"y": np.array([[1.0, 0], [2, 0], [3, 0]]), "joint": False}, ValueError, "energy ‖y‖²/K of output 1 is 0.0"),
+        ({"gram": [[2.0]], "y": [0.0]}, ValueError, "y: its energy ‖y‖²/K is 0.0"),
+        ({"tolerance": True}, TypeError, "tolerance: got True, wanted a number"),
+        ({"tolerance": "small"}, TypeError, "tolerance: got dtype"),
+        ({"tolerance": None, "relative_tolerance": "small"}, TypeError, "relative_tolerance: got str, wanted a number"),
+        ({"tolerance": None, "relative_tolerance": [0.1]}, TypeError, "relative_tolerance: got list"),
+        ({"jitter": None}, TypeError, "jitter: got NoneType, wanted a number"),
+        ({"rank_tolerance": "a"}, TypeError, "rank_tolerance: got str"),
     ],
 )  # fmt: skip
 def test_bad_input(change, error, message):
@@ -329,8 +377,13 @@ def test_bad_arguments_of_methods(rng):
         path.predict(gram, 0)
     with pytest.raises(ValueError, match="round: got 99"):
         path.equivalent_gram(99)
-    with pytest.raises(TypeError, match="round: got float"):
-        path.predict(gram, 1.0)
+    for wrong, name in ((1.0, "float"), (True, "bool"), ("1", "str"), (np.array([1]), "ndarray")):
+        with pytest.raises(TypeError, match=f"round: got {name}, wanted an integer"):
+            path.predict(gram, wrong)
+    with pytest.raises(ValueError, match=r"factor: got -1\.0, wanted a finite number > 0"):
+        path.at_tolerance(-1)
+    with pytest.raises(ValueError, match="rounds: got 0"):
+        path.at_tolerance(0.5, rounds=0)
     with pytest.raises(ValueError, match=r"cross_gram: got shape \(5, 4\), wanted \(points, 5\)"):
         path.predict(gram[:, :4], 1)
     with pytest.raises(ValueError, match="criterion: got 'aic'"):
@@ -338,6 +391,10 @@ def test_bad_arguments_of_methods(rng):
     outputs = self_distill(gram, rng.normal(size=(5, 2)), relative_tolerance=0.5, joint=False)
     with pytest.raises(ValueError, match="tolerance: got 100, wanted below"):
         self_distill(gram, rng.normal(size=(5, 2)), tolerance=100, joint=False)
+    with pytest.raises(ValueError, match="output: got 2, wanted 0 to 1"):
+        outputs.equivalent_gram(1, output=2)
+    with pytest.raises(TypeError, match="output: got str"):
+        outputs.equivalent_gram(1, output="a")
     with pytest.raises(NotImplementedError, match="joint=True"):
         outputs.early_stopping_match()
 

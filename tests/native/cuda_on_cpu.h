@@ -118,7 +118,16 @@ inline void __syncthreads() { cuda_on_cpu::wait(~uint64_t{0}, static_cast<int>(b
 inline void __threadfence() {}
 inline float __expf(float x) { return std::exp(x); }
 inline double __ldcg(const double* from) { return *from; }
+inline int __ldcg(const int* from) { return *from; }
 inline int atomicAdd(int* to, int value) { return (*to += value) - value; }
+inline int atomicMax(int* to, int value) {
+  const int before = *to;
+  if (value > before) *to = value;
+  return before;
+}
+inline void __syncwarp(unsigned mask) {
+  cuda_on_cpu::wait(uint64_t{1} << 40 | uint64_t{threadIdx.x / 32} << 32 | mask, __builtin_popcount(mask));
+}
 
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int step) {

@@ -17,6 +17,7 @@ import torch
 from sdfast.ops.self_distillation.description import (
     LABEL_FUNCTIONS,
     LOSSES,
+    MIXINGS,
     REDUCTIONS,
     Description,
     accumulation_dtype,
@@ -27,7 +28,8 @@ HERE = Path(__file__).parent
 TENSORS = ("labels", "alpha", "source", "class_weight", "row_weight")
 DEFAULTS = {
     **dict.fromkeys(TENSORS), "alpha_value": 0.7, "adaptive": False, "label_fn": "hardmax", "label_parameter": 1.0,
-    "loss": "cross_entropy", "reduction": "mean", "ignore_index": -100, "label_smoothing": 0.0,
+    "loss": "cross_entropy", "reduction": "mean", "ignore_index": -100, "label_smoothing": 0.0, "mixing": "arithmetic",
+    "target_power": 1.0, "row_power": 0.0,
 }  # fmt: skip
 
 
@@ -68,8 +70,8 @@ class Emulated:
         o = coded(options)
         return self.ops._self_distillation(
             logits, *(o[name] for name in TENSORS), o["alpha_value"], o["adaptive"], o["label_fn"],
-            o["label_parameter"], o["loss"], o["reduction"], o["ignore_index"], o["label_smoothing"], want_gradient,
-            want_stats,
+            o["label_parameter"], o["loss"], o["reduction"], o["ignore_index"], o["label_smoothing"], o["mixing"],
+            o["target_power"], o["row_power"], want_gradient, want_stats,
         )  # fmt: skip
 
     def backward(self, upstream, state, logits, **options):
@@ -78,13 +80,14 @@ class Emulated:
             o["alpha"] = state[0]
         return self.ops._self_distillation_backward(
             upstream, state, logits, *(o[name] for name in TENSORS), o["alpha_value"], o["label_fn"],
-            o["label_parameter"], o["loss"], o["ignore_index"], o["label_smoothing"],
+            o["label_parameter"], o["loss"], o["ignore_index"], o["label_smoothing"], o["mixing"], o["target_power"],
+            o["row_power"],
         )  # fmt: skip
 
 
 def coded(options):
     o = DEFAULTS | options
-    codes = {"label_fn": LABEL_FUNCTIONS, "loss": LOSSES, "reduction": REDUCTIONS}
+    codes = {"label_fn": LABEL_FUNCTIONS, "loss": LOSSES, "reduction": REDUCTIONS, "mixing": MIXINGS}
     return {name: codes[name][value] if name in codes else value for name, value in o.items()}
 
 
@@ -95,7 +98,7 @@ def reference(logits, upstream=None, **options):
     tensors = [o[n] if o[n] is None or not o[n].is_floating_point() else o[n].double() for n in TENSORS]
     description = Description(
         o["alpha_value"], o["adaptive"], o["label_fn"], o["label_parameter"], o["loss"], o["reduction"],
-        o["ignore_index"], o["label_smoothing"],
+        o["ignore_index"], o["label_smoothing"], o["mixing"], o["target_power"], o["row_power"],
     )  # fmt: skip
     value, state = self_distillation_reference(wide, *tensors, description)
     upstream = torch.ones_like(value) if upstream is None else upstream.double().expand_as(value)
@@ -190,6 +193,51 @@ def test_every_option(emulated, loss, label_fn, soft, source):
             if loss in ("cross_entropy", "kl"):
                 more["class_weight"] = torch.rand(37) + 0.1
         check(emulated, logits, **options, **more)
+
+
+RESHAPED = [
+    {"row_power": 0.7}, {"target_power": 2.0}, {"target_power": 2.5, "label_fn": "softmax", "label_smoothing": 0.1},
+    {"mixing": "geometric", "label_fn": "softmax", "label_parameter": 0.7, "label_smoothing": 0.2},
+    {"mixing": "geometric", "label_fn": "softmax", "label_smoothing": 0.1, "target_power": 3.0, "row_power": 0.4},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("classes", [1, 3, 10, 37, 129, 1000, 4096])
+@pytest.mark.parametrize("loss", ["cross_entropy", "kl", "brier"])
+@pytest.mark.parametrize("options", RESHAPED, ids=str)
+def test_reshaped_targets_and_weighted_rows(emulated, options, loss, classes):
+    logits, labels = make(11, classes)
+    source = make(11, classes, torch.bfloat16, seed=1)[0]
+    for alpha in ({"alpha_value": 0.0}, {"alpha": torch.linspace(0, 1, 11)}, {"adaptive": True, "alpha_value": 0.9}):
+        for given in ({}, {"source": source}):
+            check(emulated, logits, labels=labels, loss=loss, **options, **alpha, **given)
+    if "row_power" not in options:
+        _, soft = make(11, classes, soft=True, seed=2)
+        check(emulated, logits, labels=soft, loss=loss, source=source, reduction="none", **options)
+
+
+@pytest.mark.parametrize("dtype", STEP, ids=str)
+@pytest.mark.parametrize("options", RESHAPED, ids=str)
+def test_reshaped_targets_of_every_dtype(emulated, options, dtype):
+    logits, labels = make(9, 100, dtype)
+    check(emulated, logits, labels=labels, **options)
+    check(emulated, logits, labels=labels, reduction="none", class_weight=torch.rand(100) if dtype != torch.float64
+          else torch.rand(100, dtype=dtype), **options)  # fmt: skip
+
+
+def test_a_weight_of_zero_beats_an_infinite_loss(emulated):
+    logits, labels = make(4, 10)
+    labels = labels.clamp(0)
+    logits[0, labels[0]] = -torch.inf
+    logits[1, 3] = torch.nan
+    options = {"labels": labels, "row_power": 0.5, "alpha_value": 1.0, "reduction": "none"}
+    value, gradient, _ = emulated.forward(logits, **options)
+    assert value[0] == 0
+    assert (gradient[0] == 0).all()
+    assert value.isnan().tolist() == [False, True, False, False]
+    bad = torch.tensor([99, 0, 1, 2])
+    check(emulated, logits, **{**options, "labels": bad, "alpha_value": 0.5})
+    check(emulated, logits, **{**options, "labels": bad, "target_power": 2.0, "alpha_value": 0.5})
 
 
 def test_alpha_one_is_plain_training_bit_for_bit(emulated):

@@ -97,6 +97,12 @@ def cases(draw):
         options["label_smoothing"] = draw(st.sampled_from((0.0, 0.1)))
     if loss in ("cross_entropy", "kl") and draw(st.booleans()):
         options["class_weight"] = uniform(classes) + 0.1
+    if loss != "mse":
+        options["target_temperature"] = draw(st.sampled_from((1.0, 1.0, 0.5)))
+        if label_fn == "softmax" and (labels.dim() == 2 or options["label_smoothing"]):
+            options["mixing"] = draw(st.sampled_from(("arithmetic", "geometric")))
+        if labels.dim() == 1 and options["row_weight"] is None and draw(st.booleans()):
+            options["row_weight"] = sdfast.GeneralizedCrossEntropy(draw(st.sampled_from((0.3, 0.7, 1.0))))
     alpha = draw(st.sampled_from((0.0, 0.3, 1.0, uniform(rows), uniform(1)[0], sdfast.AdaptiveAlpha(0.9))))
     spread = draw(st.sampled_from((1.0, 8.0)))
     return Case(

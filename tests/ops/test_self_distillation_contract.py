@@ -34,7 +34,7 @@ def operation_arguments(dtype, *, alpha=None, source=None, soft=False, reduction
     labels = torch.rand(12, 7).softmax(-1) if soft else labels
     return (
         logits.detach(), labels, alpha, source, torch.rand(7, dtype=wide), torch.rand(12, dtype=wide),
-        0.4, adaptive, 1, 1.0, 0, reduction, -100, 0.1, want_gradient, True,
+        0.4, adaptive, 1, 1.0, 0, reduction, -100, 0.1, 0, 2.0, 0.0 if soft else 0.7, want_gradient, True,
     )  # fmt: skip
 
 
@@ -57,8 +57,11 @@ def test_opcheck_backward(dtype):
     for upstream in (torch.rand(12, dtype=state.dtype), torch.rand((), dtype=state.dtype)):
         torch.library.opcheck(
             torch.ops.sdfast._self_distillation_backward.default,
-            (upstream, state, logits, labels, alpha, source, class_weight, row_weight, 0.4, 1, 1.0, 0, -100, 0.1),
-        )
+            (
+                upstream, state, logits, labels, alpha, source, class_weight, row_weight, 0.4, 1, 1.0, 0, -100, 0.1, 0,
+                2.0, 0.7,
+            ),
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "kl", "mse", "brier"])

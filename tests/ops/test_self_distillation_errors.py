@@ -101,6 +101,43 @@ BAD_CALLS = {
     "sparse source": (lambda: sd(X, Y, 0.5, source=X.to_sparse()), TypeError, "source: got layout torch.sparse_coo"),
     "temperature beyond float32": (
         lambda: sd(X, Y, 0.5, label_fn="softmax", temperature=1e39), ValueError, "temperature: got 1e\\+39"),
+    "unknown row weight": (lambda: sd(X, Y, 0.5, row_weight="gc"), ValueError, "row_weight: got 'gc', wanted 'gce'"),
+    "row weight no tensor": (lambda: sd(X, Y, 0.5, row_weight=[1.0]), TypeError, "row_weight: got list"),
+    "gce of mse": (lambda: sd(X, X, 0.5, loss="mse", row_weight="gce"), ValueError, "row_weight: .* got loss='mse'"),
+    "gce of probabilities": (lambda: sd(X, P, 0.5, row_weight="gce"), ValueError, "row_weight: .* wants index labels"),
+    "gce of q 0": (lambda: sdfast.GeneralizedCrossEntropy(0), ValueError, r"q: got 0, wanted a number in \(0, 1\]"),
+    "gce of q NaN": (lambda: sdfast.GeneralizedCrossEntropy(float("nan")), ValueError, "q: got nan"),
+    "keep above one": (lambda: sdfast.SmallLoss(1.1), ValueError, r"keep: got 1.1, wanted a number in \(0, 1\]"),
+    "small loss of other rows": (
+        lambda: sd(X, Y, 0.5, row_weight=sdfast.SmallLoss(0.5, logits=X[:2])), ValueError,
+        r"row_weight: got SmallLoss with logits \(2, 3\) on cpu, wanted \(4, 3\) on cpu"),
+    "small loss of indices": (
+        lambda: sd(X, Y, 0.5, row_weight=sdfast.SmallLoss(0.5, logits=Y)), TypeError, "row_weight: logits: got int64"),
+    "prior of hardmax": (
+        lambda: sd(X, Y, 0.5, source=sdfast.ClassPrior(P[0])), ValueError, "label_fn: got 'hardmax', but a ClassPrior"),
+    "prior of other classes": (
+        lambda: sd(X, Y, 0.5, source=sdfast.ClassPrior(torch.ones(2) / 2), label_fn="softmax"), ValueError,
+        "source: got a ClassPrior of 2 classes on cpu, wanted 3 on cpu"),
+    "prior no distribution": (
+        lambda: sdfast.ClassPrior(torch.ones(3)), ValueError, "probabilities: got a least of 1 and a sum of 3"),
+    "prior negative": (
+        lambda: sdfast.ClassPrior(torch.tensor([1.5, -0.5])), ValueError, "probabilities: got a least of -0.5"),
+    "prior NaN": (lambda: sdfast.ClassPrior(torch.tensor([0.5, torch.nan])), ValueError, "probabilities: got a least"),
+    "prior of rows": (
+        lambda: sdfast.ClassPrior(P), ValueError, r"probabilities: got shape \(4, 3\), wanted \(classes,\)"),
+    "prior of counts": (lambda: sdfast.ClassPrior(Y), TypeError, "probabilities: got int64"),
+    "unknown mixing": (lambda: sd(X, Y, 0.5, mixing="mean"), ValueError, "mixing: got 'mean', wanted one of"),
+    "geometric hardmax": (
+        lambda: sd(X, P, 0.5, mixing="geometric"), ValueError, "mixing: 'geometric' wants label_fn='softmax'"),
+    "geometric one-hot": (
+        lambda: sd(X, Y, 0.5, mixing="geometric", label_fn="softmax"), ValueError, "wants label_smoothing > 0, got 0"),
+    "geometric mse": (
+        lambda: sd(X, X, 0.5, mixing="geometric", label_fn="softmax", loss="mse"), ValueError,
+        "mixing: 'geometric' wants targets that are probabilities"),
+    "target temperature above one": (
+        lambda: sd(X, Y, 0.5, target_temperature=2.0), ValueError, r"target_temperature: got 2.0, wanted .* \(0, 1\]"),
+    "target temperature of mse": (
+        lambda: sd(X, X, 0.5, loss="mse", target_temperature=0.5), ValueError, "target_temperature: 0.5 wants targets"),
     "huge alpha": (lambda: sd(X, Y, 10**400), TypeError, "alpha: got int"),
     "huge ratio": (lambda: AdaptiveAlpha(10**400), ValueError, "ratio: got 1000"),
     "negative ratio": (lambda: AdaptiveAlpha(-1.0), ValueError, "ratio: got -1.0"),

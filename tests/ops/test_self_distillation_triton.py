@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sdfast
-from sdfast.ops.self_distillation.description import LABEL_FUNCTIONS, LOSSES, REDUCTIONS
+from sdfast.ops.self_distillation.description import LABEL_FUNCTIONS, LOSSES, MIXINGS, REDUCTIONS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -178,7 +178,12 @@ def calls(draw):
     if loss in ("cross_entropy", "kl") and draw(st.booleans()):
         options["class_weight"] = rand(classes, seed=seed + 4) + 0.1
     if draw(st.booleans()):
-        options["row_weight"] = rand(rows, seed=seed + 5)
+        gce = not soft and loss != "mse" and draw(st.booleans())
+        options["row_weight"] = sdfast.GeneralizedCrossEntropy(0.4) if gce else rand(rows, seed=seed + 5)
+    if loss != "mse":
+        options["target_temperature"] = draw(st.sampled_from([1.0, 1.0, 0.5]))
+        if h == "softmax" and (soft or options["label_smoothing"]):
+            options["mixing"] = draw(st.sampled_from(list(MIXINGS)))
     options["reduction"] = draw(st.sampled_from(list(REDUCTIONS)))
     real = torch.float64 if dtype == torch.float64 else torch.float32
     upstream = randn(*([rows] if options["reduction"] == "none" else []), seed=seed + 6, dtype=real)
@@ -471,14 +476,16 @@ def test_inputs_are_not_changed():
 def test_opcheck(reduction, want_gradient):
     logits, labels, alpha = randn(3, 10, seed=44), indices(3, 10, 45), rand(3, seed=46)
     code = (LABEL_FUNCTIONS["softmax"], 2.0, LOSSES["kl"])
+    shape = (MIXINGS["geometric"], 2.0, 0.7)
     forward = torch.ops.sdfast._self_distillation_triton.default
     given = (alpha, randn(3, 10, seed=47), rand(10, seed=48), None)
-    arguments = (logits, labels, *given, 1.0, False, *code, REDUCTIONS[reduction], -100, 0.1, want_gradient, True)
+    options = (REDUCTIONS[reduction], -100, 0.1, *shape, want_gradient, True)
+    arguments = (logits, labels, *given, 1.0, False, *code, *options)
     torch.library.opcheck(forward, arguments)
     state = forward(*arguments)[2]
     upstream = torch.ones(3 if reduction == "none" else (), device=DEVICE)
     backward = torch.ops.sdfast._self_distillation_backward_triton.default
-    torch.library.opcheck(backward, (upstream, state, logits, labels, *given, 1.0, *code, -100, 0.1))
+    torch.library.opcheck(backward, (upstream, state, logits, labels, *given, 1.0, *code, -100, 0.1, *shape))
 
 
 @compiled

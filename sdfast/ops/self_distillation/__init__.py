@@ -4,13 +4,29 @@ import torch
 from torch import Tensor
 
 from sdfast import _checks, _dispatch
+from sdfast.ops.prediction_bank import op as prediction_bank  # a module: the two folders import each other
+from sdfast.ops.prediction_bank.bank import BankRows
 from sdfast.ops.self_distillation import arguments
-from sdfast.ops.self_distillation.arguments import AdaptiveAlpha, ClipLabel, LossStats
-from sdfast.ops.self_distillation.description import LOSSES, REDUCTIONS, Description
+from sdfast.ops.self_distillation.arguments import AdaptiveAlpha, ClassPrior, ClipLabel, LossStats
+from sdfast.ops.self_distillation.description import LOSSES, MIXINGS, REDUCTIONS, Description
 from sdfast.ops.self_distillation.op import self_distillation
 from sdfast.ops.self_distillation.reference import self_distillation_reference
+from sdfast.ops.self_distillation.weights import (
+    GeneralizedCrossEntropy,
+    RowWeight,
+    SmallLoss,
+    row_weights,
+)
 
-__all__ = ["AdaptiveAlpha", "ClipLabel", "LossStats", "self_distillation_loss"]
+__all__ = [
+    "AdaptiveAlpha",
+    "ClassPrior",
+    "ClipLabel",
+    "GeneralizedCrossEntropy",
+    "LossStats",
+    "SmallLoss",
+    "self_distillation_loss",
+]
 
 
 def self_distillation_loss(
@@ -18,14 +34,16 @@ def self_distillation_loss(
     labels: Tensor,
     alpha: float | Tensor | AdaptiveAlpha,
     *,
-    source: Tensor | None = None,
+    source: Tensor | ClassPrior | BankRows | None = None,
     label_fn: str | ClipLabel = "hardmax",
     temperature: float = 1.0,
+    mixing: str = "arithmetic",
+    target_temperature: float = 1.0,
     loss: str = "cross_entropy",
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     class_weight: Tensor | None = None,
-    row_weight: Tensor | None = None,
+    row_weight: RowWeight = None,
     reduction: str = "mean",
     return_stats: bool = False,
     backend: str | None = None,
@@ -35,7 +53,7 @@ def self_distillation_loss(
     Equals, with y the one-hot or given label distribution and s the source (the logits themselves by default)::
 
         target = (alpha * y + (1 - alpha) * h(s)).detach()
-        loss(logits, target)
+        row_weight * loss(logits, target)
 
     where `loss` is, for a row of C classes with p = softmax(logits), w the class weights:
 
@@ -55,15 +73,22 @@ def self_distillation_loss(
         alpha: Weight of the given label: a float, a 0-d or a (...) tensor, or `AdaptiveAlpha`. Within [0, 1], but any
             number with mse, where the theory of optimal mixing wants it. A tensor on a GPU is not checked.
         source: (..., C) logits to learn from instead of the model's own: a teacher's, or those of an earlier epoch.
-            Always detached. Probabilities p are the logits ``p.log()`` of a softmax at temperature 1.
+            Always detached. Probabilities p are the logits ``p.log()`` of a softmax at temperature 1. Or
+            ``bank.rows(indices)`` of a `sdfast.PredictionBank`: the running mean of past predictions, read and
+            written. Or a `ClassPrior`.
         label_fn: h, what becomes of the source. ``"hardmax"``: one-hot at its largest entry (the first, on ties).
             ``"softmax"``: softmax(s / temperature). ``"identity"`` and `ClipLabel` go with mse only.
         temperature: Of the source's softmax; positive. The model's own softmax has none, and no T² factor is applied.
+        mixing: ``"arithmetic"``, the mean above, or ``"geometric"``: y^α · h(s)^(1−α), normalised, the mean of the
+            logits. That wants ``label_fn="softmax"`` and labels without zeros: `label_smoothing`, or probabilities.
+        target_temperature: Sharpens the mixed target: ŷ^(1/T), normalised. In (0, 1]; not with mse.
         loss: ``"cross_entropy"``, ``"kl"``, ``"mse"`` or ``"brier"``.
         ignore_index: Rows with this index label count for nothing.
         label_smoothing: Of y, before mixing: (1 − s) y + s / C.
         class_weight: (C,), with cross_entropy and kl only.
-        row_weight: (...), a factor on each row's loss that changes no denominator.
+        row_weight: (...), a constant factor on each row's loss that changes no denominator. Or a rule that makes it on
+            the device: `GeneralizedCrossEntropy` (``"gce"`` for its default), p_label^q, or `SmallLoss`, which keeps a
+            share of the rows. The loss returned is the weighted one: p_label^q · (−log p_label), say.
         reduction: ``"mean"`` over the rows kept (with `class_weight` and index labels divided by Σ class_weight[label],
             as in torch), ``"sum"``, or ``"none"`` for (...) losses. A batch with no row kept has loss 0.
         return_stats: Also return `LossStats`.
@@ -77,7 +102,7 @@ def self_distillation_loss(
     Raises:
         TypeError: A tensor has a dtype that cannot be used, or is no tensor.
         ValueError: Shapes, devices or options do not fit; the message names the argument.
-        IndexError: A label on the CPU is out of range. (On a GPU its row becomes NaN.)
+        IndexError: A label or a bank's index on the CPU is out of range. (On a GPU its row becomes NaN.)
         NotImplementedError: The backend asked for cannot serve the call; the message says why.
 
     Note:
@@ -95,28 +120,42 @@ def self_distillation_loss(
         rows = _checks.check_labels(logits, labels, loss == "mse")
         flat = logits.reshape(-1, logits.shape[-1])
     arguments.check_options(loss, reduction, ignore_index, label_smoothing, class_weight, rows)
+    power, weight = 0.0, None
+    if row_weight is not None:
+        power, weight = row_weights(
+            row_weight, logits, labels, rows, loss, ignore_index,
+            lambda ranked: self_distillation_loss(
+                ranked, labels, alpha, source=source, label_fn=label_fn, temperature=temperature, mixing=mixing,
+                target_temperature=target_temperature, loss=loss, ignore_index=ignore_index,
+                label_smoothing=label_smoothing, class_weight=class_weight, reduction="none", backend=backend,
+            ),
+        )  # fmt: skip
     label_code, label_parameter = arguments.label_function(label_fn, temperature, loss)
+    reshaped = mixing != "arithmetic" or target_temperature != 1
+    target = (MIXINGS["arithmetic"], 1.0)
+    if reshaped:
+        target = arguments.target_shape(mixing, target_temperature, label_fn, loss, label_smoothing, rows)
     mix, alpha_value, adaptive = arguments.mixing(alpha, logits, flat, rows, loss, ignore_index)
     if source is not None:
-        source = arguments.source_rows(source, logits)
-    elif arguments.is_no_op(label_fn, temperature, loss, class_weight):
+        source = arguments.source_rows(source, logits, label_fn)
+    elif not reshaped and arguments.is_no_op(label_fn, temperature, loss, class_weight):
         arguments.warn_no_op(plain=mix is None and not adaptive and alpha_value == 1)
     if class_weight is not None:
         class_weight = _checks.check_weight("class_weight", class_weight, logits.shape[-1:], "(one a class)", logits)
-    if row_weight is not None:
-        row_weight = _checks.check_weight("row_weight", row_weight, logits.shape[:-1], "(one a row)", logits)
-        row_weight = row_weight.reshape(-1)
 
     description = Description(
         alpha_value, adaptive, label_code, label_parameter, LOSSES[loss], REDUCTIONS[reduction],
-        ignore_index, label_smoothing,
+        ignore_index, label_smoothing, *target, power,
     )  # fmt: skip
-    rows_in = (flat, rows, mix, source, class_weight, row_weight)
+    rows_in = (flat, rows, mix, source, class_weight, weight)
     chosen = _dispatch.choose(backend, logits.device.type)
     state: Tensor | None
     if chosen == "reference":
         arguments.check_values(rows, mix, flat, loss, ignore_index)
-        value, state = self_distillation_reference(*rows_in, description)
+    if isinstance(source, BankRows):
+        value, state = prediction_bank.prediction_bank_loss(chosen, *rows_in, description, return_stats)  # type: ignore[arg-type]
+    elif chosen == "reference":
+        value, state = self_distillation_reference(*rows_in, description)  # type: ignore[arg-type]
     else:
         out = self_distillation(chosen, *rows_in, description, return_stats)
         value, state = out if return_stats else (out, None)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from sdfast import _checks, _warnings
-from sdfast.ops.self_distillation.description import LABEL_FUNCTIONS, LOSSES, REDUCTIONS, accumulation_dtype
+from sdfast.ops.prediction_bank.bank import BankRows, check_rows
+from sdfast.ops.self_distillation.description import LABEL_FUNCTIONS, LOSSES, MIXINGS, REDUCTIONS, accumulation_dtype
 from sdfast.ops.self_distillation.reference import batch_accuracy
 
 
@@ -63,6 +64,48 @@ class ClipLabel:
     def __post_init__(self) -> None:
         if not _checks.is_number(self.rho) or not 0 <= self.rho < 0.5:
             raise ValueError(f"rho: got {self.rho!r}, wanted a number in [0, 0.5)")
+
+
+@dataclass(frozen=True, eq=False)
+class ClassPrior:
+    """One distribution over the classes as the source of every row: ŷ = α·y + (1 − α)·prior.
+
+    Goes with ``label_fn="softmax"``. With the shares of the classes among the labels it is label smoothing towards them
+    instead of towards 1 / C.
+
+    Args:
+        probabilities: (C,), non-negative, of sum 1. Looked at here, once; the losses never do.
+
+    Raises:
+        TypeError: `probabilities` is no floating tensor.
+        ValueError: It is no distribution.
+    """
+
+    probabilities: Tensor
+
+    def __post_init__(self) -> None:
+        _checks.check_floating("probabilities", self.probabilities)
+        if self.probabilities.dim() != 1 or len(self.probabilities) == 0:
+            got = _checks.shape_text(self.probabilities)
+            raise ValueError(f"probabilities: got shape {got}, wanted (classes,)")
+        if not torch.compiler.is_compiling():
+            least, total = (float(x) for x in (self.probabilities.min(), self.probabilities.double().sum()))
+            if not (least >= 0 and abs(total - 1) < 1e-2):
+                raise ValueError(f"probabilities: got a least of {least:g} and a sum of {total:g}, wanted >= 0 and 1")
+
+    def logits(self, like: Tensor) -> Tensor:
+        """Its logarithm, expanded to the shape of (..., C) logits.
+
+        Raises:
+            ValueError: The logits have other classes or another device.
+        """
+        if len(self.probabilities) != like.shape[-1] or self.probabilities.device != like.device:
+            raise ValueError(
+                f"source: got a ClassPrior of {len(self.probabilities)} classes on {self.probabilities.device}, wanted "
+                f"{like.shape[-1]} on {like.device} as the logits"
+            )
+        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+        return self.probabilities.detach().to(wide).log().expand(like.shape)
 
 
 class LossStats(NamedTuple):
@@ -120,6 +163,32 @@ def label_function(label_fn: str | ClipLabel, temperature: float, loss: str) -> 
     return code, parameter
 
 
+def target_shape(
+    mixing: str, target_temperature: float, label_fn: str | ClipLabel, loss: str, label_smoothing: float, labels: Tensor
+) -> tuple[int, float]:
+    """(code of the mean, 1 / temperature) of the mixed target; `labels` as `_checks.check_labels` returns them."""
+    _checks.check_option("mixing", mixing, MIXINGS)
+    if not _checks.is_number(target_temperature) or not 1e-30 <= target_temperature <= 1:
+        raise ValueError(
+            f"target_temperature: got {target_temperature!r}, wanted a number in (0, 1]: it sharpens (label_smoothing "
+            "flattens)"
+        )
+    for name, value, plain in (("mixing", mixing, "arithmetic"), ("target_temperature", target_temperature, 1)):
+        if value != plain and loss == "mse":
+            raise ValueError(f"{name}: {value!r} wants targets that are probabilities, got loss='mse'")
+    if mixing == "geometric":
+        if label_fn != "softmax":
+            raise ValueError(
+                f"mixing: 'geometric' wants label_fn='softmax', got {label_fn!r}, whose zeros leave no class in common"
+            )
+        if labels.dim() == 1 and label_smoothing == 0:
+            raise ValueError(
+                "mixing: 'geometric' with index labels wants label_smoothing > 0, got 0: the zeros of a one-hot label "
+                "silence the source"
+            )
+    return MIXINGS[mixing], 1 / float(target_temperature)
+
+
 def mixing(
     alpha: float | Tensor | AdaptiveAlpha, logits: Tensor, flat: Tensor, labels: Tensor, loss: str, ignore_index: int
 ) -> tuple[Tensor | None, float, bool]:
@@ -158,8 +227,19 @@ def _synchronised_alpha(alpha: AdaptiveAlpha, flat: Tensor, labels: Tensor, igno
     return 1 - (alpha.ratio * counts[0] / counts[1].clamp(min=1)).clamp(0, 1)
 
 
-def source_rows(source: Tensor, logits: Tensor) -> Tensor:
-    """The source as (N, C) rows beside the logits, detached."""
+def source_rows(source: Tensor | ClassPrior | BankRows, logits: Tensor, label_fn: str | ClipLabel) -> Tensor | BankRows:
+    """The source as (N, C) rows beside the logits, detached; a bank's as they are."""
+    if isinstance(source, BankRows):
+        check_rows("source", source, logits)
+        if label_fn not in ("softmax", "hardmax"):
+            raise ValueError(
+                f"label_fn: got {label_fn!r}, but a bank holds probabilities: wanted 'softmax' or 'hardmax'"
+            )
+        return source
+    if isinstance(source, ClassPrior):
+        if label_fn != "softmax":
+            raise ValueError(f"label_fn: got {label_fn!r}, but a ClassPrior is a distribution and wants 'softmax'")
+        source = source.logits(logits)
     _checks.check_floating("source", source)
     if source.shape != logits.shape:
         wanted = _checks.shape_text(logits)

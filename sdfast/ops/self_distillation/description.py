@@ -10,6 +10,7 @@ import torch
 LABEL_FUNCTIONS = {"softmax": 0, "hardmax": 1, "identity": 2, "clip": 3}
 LOSSES = {"cross_entropy": 0, "kl": 1, "mse": 2, "brier": 3}
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+MIXINGS = {"arithmetic": 0, "geometric": 1}
 
 # The `state` output: (alpha, denominator, accuracy, target entropy, agreement), what the backward and the statistics
 # need of the batch; empty where neither does. Without statistics only the first two are defined.
@@ -32,3 +33,6 @@ class Description(NamedTuple):
     reduction: int
     ignore_index: int
     label_smoothing: float
+    mixing: int = MIXINGS["arithmetic"]
+    target_power: float = 1.0  # 1 / target temperature
+    row_power: float = 0.0  # q of a row's weight p_label^q; 0 is no weight

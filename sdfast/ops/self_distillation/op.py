@@ -14,10 +14,12 @@ from sdfast.ops.self_distillation.description import REDUCTIONS, STATE_SIZE, Des
 _TENSORS = "Tensor logits, Tensor labels, Tensor? alpha, Tensor? source, Tensor? class_weight, Tensor? row_weight"
 _SCHEMAS = (
     f"_self_distillation{{suffix}}({_TENSORS}, float alpha_value, bool adaptive, int label_fn, float label_parameter, "
-    "int loss, int reduction, int ignore_index, float label_smoothing, bool want_gradient, bool want_stats) "
+    "int loss, int reduction, int ignore_index, float label_smoothing, int mixing, float target_power, "
+    "float row_power, bool want_gradient, bool want_stats) "
     "-> (Tensor loss, Tensor gradient, Tensor state)",
     f"_self_distillation_backward{{suffix}}(Tensor upstream, Tensor state, {_TENSORS}, float alpha_value, "
-    "int label_fn, float label_parameter, int loss, int ignore_index, float label_smoothing) -> Tensor gradient",
+    "int label_fn, float label_parameter, int loss, int ignore_index, float label_smoothing, int mixing, "
+    "float target_power, float row_power) -> Tensor gradient",
     # On a GPU, where the host does not know the upstream gradient: leaves at once if that is 1.
     "_scale_in_place{suffix}(Tensor(a!) gradient, Tensor upstream) -> ()",
 )
@@ -30,7 +32,7 @@ for _suffix in ("", "_triton"):
 
 def _fake_forward(
     logits, labels, alpha, source, class_weight, row_weight, alpha_value, adaptive, label_fn, label_parameter, loss,
-    reduction, ignore_index, label_smoothing, want_gradient, want_stats,
+    reduction, ignore_index, label_smoothing, mixing, target_power, row_power, want_gradient, want_stats,
 ):  # fmt: skip
     rows, classes = logits.shape
     dtype = accumulation_dtype(logits.dtype)
@@ -132,7 +134,7 @@ class SelfDistillation(torch.autograd.Function):
             return (None,) * 9
         saved = ctx.saved_tensors  # read once: activation checkpointing unpacks them only once
         if len(saved) == 1:
-            gradient = _scaled(saved[0], upstream, ctx.backend)
+            gradient = scaled(saved[0], upstream, ctx.backend)
         else:
             gradient = _gradient_from_inputs(_OPERATIONS[ctx.backend], upstream, saved, ctx.description)
         return None, gradient, None, None, None, None, None, None, None
@@ -151,7 +153,7 @@ def _writes_gradient_early(backend: str, dtype: torch.dtype, reduction: int) -> 
     return backend == "cpu" or not torch.compiler.is_compiling()
 
 
-def _scaled(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
+def scaled(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
     """`gradient` times the 0-d `upstream`: `gradient` itself where nobody needs it again."""
     traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(upstream) is not Tensor
     if not traced and not _is_batched(upstream) and not _graph_is_kept():
@@ -184,5 +186,6 @@ def _gradient_from_inputs(operations: _Operations, upstream: Tensor, saved: tupl
     state, logits, labels, alpha, source, class_weight, row_weight = saved
     return operations.backward(
         upstream, state, logits, labels, state[0] if d.adaptive else alpha, source, class_weight, row_weight,
-        d.alpha_value, d.label_fn, d.label_parameter, d.loss, d.ignore_index, d.label_smoothing,
+        d.alpha_value, d.label_fn, d.label_parameter, d.loss, d.ignore_index, d.label_smoothing, d.mixing,
+        d.target_power, d.row_power,
     )  # fmt: skip

@@ -6,7 +6,7 @@ Runs on (N, C) logits in any floating dtype, halves promoted to float32, and und
 import torch
 from torch import Tensor
 
-from sdfast.ops.self_distillation.description import LABEL_FUNCTIONS, LOSSES, REDUCTIONS, Description
+from sdfast.ops.self_distillation.description import LABEL_FUNCTIONS, LOSSES, MIXINGS, REDUCTIONS, Description
 
 
 def batch_accuracy(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -30,7 +30,8 @@ def self_distillation_reference(
     description: Description,
 ) -> tuple[Tensor, Tensor]:
     """Returns (loss, state): the loss reduced as asked, and what `op.STATE_SIZE` describes."""
-    alpha_value, adaptive, label_fn, label_parameter, loss, reduction, ignore_index, label_smoothing = description
+    alpha_value, adaptive, label_fn, label_parameter, loss, reduction, ignore_index, label_smoothing = description[:8]
+    mixing, target_power, row_power = description[8:]
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
     classes, dtype = logits.shape[-1], logits.dtype
@@ -48,11 +49,20 @@ def self_distillation_reference(
     given = _label_distribution(labels, classes, dtype)  # (N, C)
     if label_smoothing:
         given = (1 - label_smoothing) * given + label_smoothing / classes
-    believed = _label_function((logits if source is None else source.to(dtype)).detach(), label_fn, label_parameter)
+    source = (logits if source is None else source.to(dtype)).detach()
     a = row_alpha[:, None]
-    target = torch.where(a == 1, given, a * given + (1 - a) * believed).detach()  # (N, C)
+    if mixing == MIXINGS["geometric"]:
+        mixed = _geometric_mean(given, (source / label_parameter).log_softmax(-1), a)
+    else:
+        mixed = a * given + (1 - a) * _label_function(source, label_fn, label_parameter)
+    target = torch.where(a == 1, given, mixed).detach()  # (N, C)
+    if target_power != 1:
+        target = (target.log() * target_power).softmax(-1)
 
     rows = _row_losses(logits, target, class_weight, loss)
+    if row_power:
+        own = (row_power * _label_log_probability(logits.detach(), labels)).exp()
+        rows = torch.where((own == 0) & rows.isposinf(), 0, rows * own)  # the limit of p^q (-log p), not 0 * inf
     rows = torch.where(kept, rows if row_weight is None else rows * row_weight, 0)  # (N,)
     if class_weight is not None and labels.dim() == 1:
         index = torch.where(kept, labels, 0).clamp(0, classes - 1)
@@ -101,6 +111,17 @@ def _label_function(source: Tensor, label_fn: int, parameter: float) -> Tensor:
     if label_fn == LABEL_FUNCTIONS["clip"]:
         return (4 * source / (1 - 2 * parameter)).clamp(-1, 1)
     return source
+
+
+def _geometric_mean(given: Tensor, log_believed: Tensor, a: Tensor) -> Tensor:
+    """given^a believed^(1 - a), normalised."""
+    log_given = torch.where(a == 0, 0, a * given.log())  # without weight a zero forbids nothing
+    return (log_given + (1 - a) * log_believed).softmax(-1)
+
+
+def _label_log_probability(logits: Tensor, labels: Tensor) -> Tensor:
+    index = labels.clamp(0, logits.shape[-1] - 1)[:, None]
+    return logits.log_softmax(-1).gather(-1, index)[:, 0]
 
 
 def _row_losses(logits: Tensor, target: Tensor, class_weight: Tensor | None, loss: int) -> Tensor:

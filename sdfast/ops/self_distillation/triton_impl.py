@@ -21,7 +21,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sdfast.ops.self_distillation.description import LABEL_FUNCTIONS, LOSSES, REDUCTIONS, STATE_SIZE, accumulation_dtype
+from sdfast.ops.self_distillation.description import (
+    LABEL_FUNCTIONS,
+    LOSSES,
+    MIXINGS,
+    REDUCTIONS,
+    STATE_SIZE,
+    accumulation_dtype,
+)
 from sdfast.ops.self_distillation.triton_batch import MAX_COUNT_BLOCKS, SUM_BLOCK, count_kernel
 from sdfast.ops.self_distillation.triton_kernels import rows_kernel, scale_kernel
 from sdfast.ops.self_distillation.triton_steps import NO_LABEL_FUNCTION
@@ -75,6 +82,9 @@ def forward(
     reduction: int,
     ignore_index: int,
     label_smoothing: float,
+    mixing: int,
+    target_power: float,
+    row_power: float,
     want_gradient: bool,
     want_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,9 +104,9 @@ def forward(
             counts = _count(logits, labels, class_weight, adaptive, ignore_index)
         _launch(
             programs, logits, labels, alpha, source, class_weight, row_weight, alpha_value, adaptive, label_fn,
-            label_parameter, loss, ignore_index, label_smoothing, reduction=reduction, counts=counts,
-            state=state if want_state else None, gradient=gradient if want_gradient else None, loss_out=value,
-            partials=logits.new_empty((PARTIALS, programs), dtype=real) if summed else None,
+            label_parameter, loss, ignore_index, label_smoothing, mixing, target_power, row_power, reduction=reduction,
+            counts=counts, state=state if want_state else None, gradient=gradient if want_gradient else None,
+            loss_out=value, partials=logits.new_empty((PARTIALS, programs), dtype=real) if summed else None,
             arrivals=_arrival_counter(logits.device) if summed else None, want_stats=want_stats,
         )  # fmt: skip
     return value, gradient, state
@@ -117,6 +127,9 @@ def backward(
     loss: int,
     ignore_index: int,
     label_smoothing: float,
+    mixing: int,
+    target_power: float,
+    row_power: float,
 ) -> Tensor:
     """`_self_distillation_backward_triton`: the gradient for any upstream gradient, which is folded in."""
     gradient = logits.new_empty(logits.shape)
@@ -124,7 +137,8 @@ def backward(
     with _device_of(logits):
         _launch(
             programs, logits, labels, alpha, source, class_weight, row_weight, alpha_value, False, label_fn,
-            label_parameter, loss, ignore_index, label_smoothing, state=state, gradient=gradient, upstream=upstream,
+            label_parameter, loss, ignore_index, label_smoothing, mixing, target_power, row_power, state=state,
+            gradient=gradient, upstream=upstream,
         )  # fmt: skip
     return gradient
 
@@ -167,7 +181,8 @@ def _count(
 def _launch(
     programs: int, logits: Tensor, labels: Tensor, alpha: Tensor | None, source: Tensor | None,
     class_weight: Tensor | None, row_weight: Tensor | None, alpha_value: float, adaptive: bool, label_fn: int,
-    label_parameter: float, loss: int, ignore_index: int, label_smoothing: float, *,
+    label_parameter: float, loss: int, ignore_index: int, label_smoothing: float, mixing: int, target_power: float,
+    row_power: float, *,
     reduction: int = REDUCTIONS["none"],
     counts: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None), upstream: Tensor | None = None,
     state: Tensor | None = None, gradient: Tensor | None = None, loss_out: Tensor | None = None,
@@ -177,7 +192,7 @@ def _launch(
     tile = tiling(classes)
     soft = labels.dim() == 2
     if alpha is None and not adaptive and alpha_value == 1:
-        label_fn, source = NO_LABEL_FUNCTION.value, None
+        label_fn, source, mixing = NO_LABEL_FUNCTION.value, None, MIXINGS["arithmetic"]
     share_exp = (
         source is None and label_fn == LABEL_FUNCTIONS["softmax"] and label_parameter == 1 and loss != LOSSES["mse"]
     )
@@ -185,8 +200,10 @@ def _launch(
         logits, labels, alpha, source, class_weight, row_weight, *counts, upstream, state, gradient, loss_out, partials,
         arrivals, *logits.stride(), *_label_strides(labels), *((0, 0) if source is None else source.stride()),
         upstream.stride(0) if upstream is not None and upstream.dim() else 0, alpha_value, label_parameter,
-        label_smoothing, rows, classes, next((count.numel() for count in counts if count is not None), 0),
-        ignore_index, loss, label_fn, reduction, soft, adaptive, alpha is not None and alpha.dim() == 1, share_exp,
+        label_smoothing, target_power, row_power, rows, classes,
+        next((count.numel() for count in counts if count is not None), 0),
+        ignore_index, loss, label_fn, mixing == MIXINGS["geometric"], target_power != 1, row_power != 0, reduction,
+        soft, adaptive, alpha is not None and alpha.dim() == 1, share_exp,
         upstream is not None, want_stats, soft and classes == 1, tile.rows, tile.columns, tile.one_tile,
         _stages(logits, labels if soft else None, source, class_weight), _REAL[accumulation_dtype(logits.dtype)],
         num_warps=tile.warps,

@@ -15,7 +15,8 @@ from sdfast.ops.self_distillation.triton_batch import (
     row_alphas,
     store_partial,
 )
-from sdfast.ops.self_distillation.triton_steps import BRIER, CLIP, HARDMAX, MSE, SOFTMAX, row_statistics, sweep
+from sdfast.ops.self_distillation.triton_steps import BRIER, CLIP, HARDMAX, MSE, SOFTMAX, row_statistics
+from sdfast.ops.self_distillation.triton_sweep import sweep
 
 NONE = tl.constexpr(REDUCTIONS["none"])
 MEAN = tl.constexpr(REDUCTIONS["mean"])
@@ -48,12 +49,17 @@ def rows_kernel(
     alpha_value: tl.float64,
     label_parameter: tl.float64,
     label_smoothing: tl.float64,
+    target_power: tl.float64,
+    row_power: tl.float64,
     rows,
     classes,
     count_blocks,
     ignore_index,
     LOSS: tl.constexpr,
     LABEL_FN: tl.constexpr,
+    GEOMETRIC: tl.constexpr,
+    SHARPENED: tl.constexpr,
+    ROW_POWER: tl.constexpr,
     REDUCTION: tl.constexpr,
     SOFT_LABELS: tl.constexpr,
     ADAPTIVE: tl.constexpr,
@@ -141,6 +147,12 @@ def rows_kernel(
     if LABEL_FN == HARDMAX:
         uniform = tl.where(source_nan & (at_source != 0), float("nan"), uniform)
 
+    if ROW_POWER:
+        at = tl.load(row_pointers + label.to(tl.int64) * column_stride, mask=kept, other=0.0).to(REAL)
+        own = tl.exp(tl.full([R], row_power, REAL) * (at - high - tl.log(total)))
+        row_factor *= own
+        factor *= own
+
     out_pointers = row_pointers
     if gradient is not None:
         out_pointers = gradient + row * classes
@@ -153,8 +165,9 @@ def rows_kernel(
         (row_pointers, label_pointers, source_pointers, weight_pointers),
         (column_stride, label_column_stride, source_stride),
         (kept, label, uniform, at_label, at_source, high, total, source_hard, source_high, rated),
-        parameter, at_label + uniform * classes + at_source, factor, out_pointers, row < rows,
-        LOSS, LABEL_FN, SOFT_LABELS, OWN_SOURCE, WEIGHTED, SHARE_EXP,
+        (a, smoothing, tl.full([R, 1], target_power, REAL)), parameter, at_label + uniform * classes + at_source,
+        factor, out_pointers, row < rows,
+        LOSS, LABEL_FN, GEOMETRIC, SHARPENED, SOFT_LABELS, OWN_SOURCE, WEIGHTED, SHARE_EXP,
         LOSS == MSE or (LOSS != BRIER and not SOFT_LABELS and not WEIGHTED), gradient is not None, STATS, R, B,
         ONE_TILE, STAGES, REAL,
     )  # fmt: skip
@@ -163,6 +176,8 @@ def rows_kernel(
             row_loss = row_loss / classes
         elif LOSS != BRIER:
             row_loss = tl.where(total == total, row_loss, float("nan"))  # though no class have any mass
+        if ROW_POWER:
+            row_loss = tl.where((own == 0) & (row_loss == float("inf")), 0.0, row_loss)  # the limit, not 0 * inf
         row_loss = tl.where(kept, row_loss * row_factor, 0.0)
         if REDUCTION == NONE:
             tl.store(loss + row, row_loss, mask=row < rows)

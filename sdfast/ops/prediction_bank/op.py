@@ -1,0 +1,165 @@
+"""The private operation behind every loss on a prediction bank: its schema, its fake and its autograd.
+
+`_prediction_bank` reads the rows, mixes the target, computes loss and gradient and writes the rows. It changes the bank
+in place and its schema says so; it therefore stands outside of the `autograd.Function`, which only carries the gradient
+that it has written: compiled code may not change a tensor within a Function.
+"""
+
+import torch
+from torch import Tensor
+
+from sdfast.ops.prediction_bank.bank import BankRows
+from sdfast.ops.prediction_bank.description import BankDescription
+from sdfast.ops.prediction_bank.reference import prediction_bank_reference
+from sdfast.ops.self_distillation.description import REDUCTIONS, STATE_SIZE, Description, accumulation_dtype
+from sdfast.ops.self_distillation.op import scaled
+
+_SCHEMA = (
+    "_prediction_bank{suffix}(Tensor logits, Tensor labels, Tensor? alpha, Tensor indices, Tensor(a!) predictions, "
+    "Tensor(b!) classes, Tensor(c!) seen, Tensor(d!) claims, Tensor? class_weight, Tensor? row_weight, "
+    "float alpha_value, bool adaptive, int label_fn, float label_parameter, int loss, int reduction, int ignore_index, "
+    "float label_smoothing, int mixing, float target_power, float row_power, float momentum, bool bias_correction, "
+    "bool write_first, int warm_up, bool unique, bool update, float strength, float clamp, bool want_gradient, "
+    "bool late, bool want_stats) "
+    "-> (Tensor loss, Tensor gradient, Tensor state)"
+)
+
+library = torch.library.Library("sdfast", "FRAGMENT")  # outlives the operations: they end with it
+
+
+def _fake(logits, *arguments):
+    rows, classes = logits.shape
+    reduction, want_gradient, late = arguments[14], arguments[28], arguments[29]
+    dtype = accumulation_dtype(logits.dtype)
+    return (
+        logits.new_empty((rows,) if reduction == REDUCTIONS["none"] else (), dtype=dtype),
+        logits.new_empty((rows, classes) if want_gradient else (0,), dtype=dtype if late else logits.dtype),
+        logits.new_empty((STATE_SIZE,), dtype=dtype),
+    )
+
+
+for _suffix in ("", "_triton"):
+    library.define(_SCHEMA.format(suffix=_suffix))
+    torch.library.register_fake(f"sdfast::_prediction_bank{_suffix}", _fake)
+
+
+def _triton_forward(*arguments):
+    from sdfast.ops.prediction_bank import triton_impl  # triton is imported by its first call, never before
+
+    return triton_impl.forward(*arguments)
+
+
+for _key in ("CPU", "CUDA", "XPU"):  # CPU tensors: in Triton's interpreter
+    library.impl("_prediction_bank_triton", _triton_forward, _key)
+
+_NATIVE = torch.ops.sdfast._prediction_bank.default
+_OPERATIONS = {"cpu": _NATIVE, "cuda": _NATIVE, "triton": torch.ops.sdfast._prediction_bank_triton.default}
+
+
+class CarryGradient(torch.autograd.Function):
+    """A loss whose gradient with respect to the logits is known already.
+
+    With `late` it is not rounded to the logits' dtype yet, nor divided by ``state[1]``, the mean's denominator: a
+    factor is to come that must go in first, one a row without a reduction, or that of float16's loss scaler.
+    """
+
+    @staticmethod
+    def forward(ctx, backend, logits, value, gradient, state, late):
+        """Keeps the gradient beside the value."""
+        ctx.set_materialize_grads(False)
+        ctx.backend, ctx.dtype = backend, logits.dtype
+        ctx.save_for_backward(gradient, state if late else None)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        """The gradient times the upstream one."""
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "a loss on a PredictionBank: its native backends have no second derivative; pass backend='reference' "
+                "to differentiate the gradient (create_graph=True)"
+            )
+        if upstream is None:
+            return (None,) * 6
+        gradient, state = ctx.saved_tensors  # read once: activation checkpointing unpacks them only once
+        if state is None:
+            gradient = scaled(gradient, upstream, ctx.backend)
+        else:
+            factor = upstream / state[1]
+            gradient = (gradient * (factor[:, None] if factor.dim() else factor)).to(ctx.dtype)
+        return None, gradient, None, None, None, None
+
+
+_apply = super(torch.autograd.Function, CarryGradient).apply  # without the Python part, as self_distillation has it
+
+
+def prediction_bank_loss(
+    backend: str,
+    logits: Tensor,  # (N, C)
+    labels: Tensor,  # (N,) int64, or (N, C)
+    alpha: Tensor | None,  # () or (N,)
+    rows: BankRows,
+    class_weight: Tensor | None,  # (C,)
+    row_weight: Tensor | None,  # (N,)
+    description: Description,
+    want_stats: bool,
+    strength: float = 0.0,
+    clamp: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """(loss, state) of the rows, the bank written where the handle says so."""
+    bank = rows.describe(strength, clamp)
+    indices = rows.indices.reshape(-1).to(torch.int64).contiguous()
+    storage = rows.bank.storage()
+    if storage.sparse and backend in ("cuda", "triton"):
+        raise NotImplementedError(
+            f"backend={backend!r}: a bank with top_k is served on a CPU; on this device pass backend='reference'"
+        )
+    if backend == "reference":
+        check_indices(indices, labels, description, bank, len(storage.seen))
+        value, state = prediction_bank_reference(
+            logits, labels, alpha, indices, storage, class_weight, row_weight, description, bank
+        )
+    else:
+        value, state = _native(
+            backend, logits, labels, alpha, indices, storage, class_weight, row_weight, description, bank, want_stats
+        )
+    if bank.update:
+        rows.written = True
+    return value, state
+
+
+def _native(
+    backend, logits, labels, alpha, indices, storage, class_weight, row_weight, description, bank: BankDescription,
+    want_stats,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    wanted = logits.requires_grad and torch.is_grad_enabled()
+    late = wanted and (description.reduction == REDUCTIONS["none"] or logits.dtype == torch.float16)
+    value, gradient, state = _OPERATIONS[backend](
+        logits.detach(), labels, alpha, indices, *storage, class_weight, row_weight, *description, *bank, wanted,
+        late, want_stats,
+    )  # fmt: skip
+    if torch.compiler.is_compiling():
+        return (CarryGradient.apply(backend, logits, value, gradient, state, late) if wanted else value), state
+    if bank.update:
+        torch.autograd.graph.increment_version((storage.predictions, storage.classes, storage.seen))
+    return (_apply(backend, logits, value, gradient, state, late) if wanted else value), state
+
+
+def check_indices(
+    indices: Tensor, labels: Tensor, description: Description, bank: BankDescription, samples: int
+) -> None:
+    """The reference's check of the indices: on the CPU, where looking costs nothing."""
+    if indices.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    kept = labels != description.ignore_index if labels.dim() == 1 else torch.ones_like(indices, dtype=torch.bool)
+    bad = ((indices < 0) | (indices >= samples)) & kept
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise IndexError(f"indices: row {row} is {int(indices[row])}, wanted 0 <= index < {samples}")
+    if bank.unique:
+        first: dict[int, int] = {}
+        for row in kept.nonzero()[:, 0].tolist():
+            index = int(indices[row])
+            if index in first:
+                raise ValueError(f"indices: rows {first[index]} and {row} are both {index}, in a bank with unique=True")
+            first[index] = row

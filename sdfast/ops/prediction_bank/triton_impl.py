@@ -1,0 +1,106 @@
+"""The Triton backend of a prediction bank: launches and the operation.
+
+Launches: one that settles which row of the batch writes which row of the bank (where anything may be written), the
+count over a large batch, as the self-distillation loss has it, and one for all else. Rows are swept tile by tile, four
+or five times, from the cache but for the first: the CUDA backend keeps them in shared memory, this one is the portable
+one. None of it is measured yet.
+"""
+
+import math
+
+import triton
+from torch import Tensor
+
+from sdfast.ops.prediction_bank.triton_kernels import bank_kernel, claim_kernel
+from sdfast.ops.self_distillation.description import (
+    LABEL_FUNCTIONS,
+    MIXINGS,
+    REDUCTIONS,
+    STATE_SIZE,
+    accumulation_dtype,
+)
+from sdfast.ops.self_distillation.triton_impl import (
+    _REAL,
+    COUNT_IN_PROGRAM,
+    PARTIALS,
+    _arrival_counter,
+    _count,
+    _device_of,
+    _label_strides,
+    _stages,
+    tiling,
+)
+
+CLAIM_TILE = 256
+
+
+def forward(
+    logits: Tensor,  # (N, C)
+    labels: Tensor,  # (N,) int64, or (N, C)
+    alpha: Tensor | None,  # () or (N,)
+    indices: Tensor,  # (N,) int64
+    predictions: Tensor,  # (samples, C)
+    classes: Tensor,  # (0, 0)
+    seen: Tensor,  # (samples,) int32
+    claims: Tensor,  # (samples, 2) int32
+    class_weight: Tensor | None,  # (C,)
+    row_weight: Tensor | None,  # (N,)
+    alpha_value: float,
+    adaptive: bool,
+    label_fn: int,
+    label_parameter: float,
+    loss: int,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    mixing: int,
+    target_power: float,
+    row_power: float,
+    momentum: float,
+    bias_correction: bool,
+    write_first: bool,
+    warm_up: int,
+    unique: bool,
+    update: bool,
+    strength: float,
+    clamp: float,
+    want_gradient: bool,
+    late: bool,
+    want_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_prediction_bank_triton`: (loss, gradient, state) as the operation's schema has them."""
+    rows, columns = logits.shape
+    real = accumulation_dtype(logits.dtype)
+    reduced = reduction != REDUCTIONS["none"]
+    value = logits.new_empty(() if reduced else (rows,), dtype=real)
+    gradient = logits.new_empty((rows, columns) if want_gradient else (0,), dtype=real if late else logits.dtype)
+    state = logits.new_empty((STATE_SIZE,), dtype=real)
+    tile = tiling(columns)
+    programs = max(1, triton.cdiv(rows, tile.rows))
+    summed = reduced or want_stats
+    soft = labels.dim() == 2
+    claimed = (update or unique) and rows > 0
+    with _device_of(logits):
+        if claimed:
+            claim_kernel[(triton.cdiv(rows, CLAIM_TILE),)](
+                labels, indices, claims, labels.stride(0), rows, len(seen), ignore_index, soft, CLAIM_TILE
+            )
+        counts: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+        if adaptive or (reduction == REDUCTIONS["mean"] and not soft and rows > COUNT_IN_PROGRAM):
+            counts = _count(logits, labels, class_weight, adaptive, ignore_index)
+        bank_kernel[(programs,)](
+            logits, labels, alpha, indices, predictions, seen, claims if claimed else None, class_weight, row_weight,
+            *counts, state, gradient if want_gradient else None, value,
+            logits.new_empty((PARTIALS, programs), dtype=real) if summed else None,
+            _arrival_counter(logits.device) if summed else None, *logits.stride(), *_label_strides(labels), alpha_value,
+            label_parameter, label_smoothing, target_power, row_power, 1 - momentum,
+            math.log(momentum) if momentum else -math.inf, strength,
+            clamp, rows, columns, len(seen), next((count.numel() for count in counts if count is not None), 0),
+            ignore_index, warm_up, loss, label_fn, mixing == MIXINGS["geometric"], target_power != 1, row_power != 0,
+            reduction, soft, adaptive, alpha is not None and alpha.dim() == 1,
+            bias_correction, write_first, unique, update,
+            label_fn == LABEL_FUNCTIONS["softmax"] and label_parameter != 1, strength != 0, clamp != 0, late,
+            want_stats, soft and columns == 1, tile.rows, tile.columns, tile.one_tile, _stages(logits), _REAL[real],
+            num_warps=tile.warps,
+        )  # fmt: skip
+    return value, gradient, state

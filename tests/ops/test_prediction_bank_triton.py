@@ -1,0 +1,75 @@
+"""The Triton backend of the prediction bank, in Triton's interpreter: the tests of all backends, and its own.
+
+The interpreter must be chosen before triton is imported, so those tests run again in a process of their own.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import backends
+
+from sdfast import PredictionBank, elr_loss, self_distillation_loss
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+here = pytest.mark.skipif("triton" not in backends(), reason="runs in the process of test_all_in_the_interpreter")
+FILES = (
+    "test_prediction_bank.py", "test_prediction_bank_contract.py", "test_prediction_bank_options.py",
+    "test_prediction_bank_triton.py",
+)  # fmt: skip
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(INTERPRETED or "triton" in backends(), reason="this process runs the tests itself")
+@pytest.mark.parametrize("file", FILES)
+def test_all_in_the_interpreter(file):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "triton",
+               str(Path(__file__).parent / file)]  # fmt: skip
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    output = done.stdout + done.stderr
+    passed = re.search(r"(\d+) passed", output)
+    assert done.returncode == 0, output
+    assert passed is not None, output
+    assert int(passed[1]) > 0, output
+
+
+@here
+def test_an_index_out_of_range_poisons_its_row_alone():
+    bank = PredictionBank(6, 5, dtype=torch.float64)
+    logits, labels = torch.randn(5, 5, dtype=torch.float64).requires_grad_(), torch.tensor([0, 1, 2, 3, -100])
+    for _ in range(2):
+        for loss in (
+            lambda rows: self_distillation_loss(logits, labels, 0.5, source=rows, reduction="none", backend="triton"),
+            lambda rows: elr_loss(logits, labels, rows, reduction="none", backend="triton"),
+        ):
+            before = bank.seen.clone()
+            value = loss(bank.rows(torch.tensor([0, -1, 5, 6, 2**40])))
+            (gradient,) = torch.autograd.grad(value.sum(), logits)
+            assert value.isnan().tolist() == [False, True, False, True, False]
+            assert gradient.isnan().all(-1).tolist() == [False, True, False, True, False]
+            assert (bank.seen - before).tolist() == [1, 0, 0, 0, 0, 1]
+            assert bank.predictions.isfinite().all()
+            assert (bank._claims == 0).all()
+
+
+@here
+def test_a_forbidden_duplicate_poisons_all_but_the_last():
+    bank = PredictionBank(6, 5, unique=True)
+    logits, labels = torch.randn(5, 5), torch.zeros(5, dtype=torch.int64)
+    value = elr_loss(logits, labels, bank.rows(torch.tensor([3, 0, 3, 1, 3])), reduction="none", backend="triton")
+    assert value.isnan().tolist() == [True, False, True, False, False]
+    with torch.no_grad():
+        elr_loss(logits, labels, bank.rows(torch.tensor([3, 0, 3, 1, 3])), backend="triton")
+    assert (bank._claims == 0).all()
+
+
+@here
+def test_top_k_is_refused_in_a_sentence():
+    bank = PredictionBank(6, 5, top_k=2)
+    with pytest.raises(NotImplementedError, match=r"backend='triton': a bank with top_k is served on a CPU"):
+        elr_loss(torch.randn(2, 5), torch.tensor([0, 1]), bank.rows(torch.tensor([0, 1])), backend="triton")
