@@ -19,7 +19,7 @@ CXX_FILES := $(wildcard csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu tests/n
 
 $(INSTALLED): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) setuptools ninja pybind11 "$(TORCH)"
+	$(PIP) setuptools ninja pybind11 "$(TORCH)" torchvision
 	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) "triton==3.9.0"
 	$(PIP) --no-build-isolation --editable ".[test,bench,dev]"
 	touch $@

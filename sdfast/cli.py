@@ -18,8 +18,11 @@ COMMANDS = {
     ),
     "train": ("sdfast.train.command", "train a classifier on labels mixed with its own predictions"),
     "methods": ("sdfast.experiments.methods", "compare the published methods on the same noisy labels"),
+    "rounds": ("sdfast.train.rounds_command", "train networks on one another's predictions, round after round"),
+    "teacher": ("sdfast.train.teacher_command", "find the epoch at which a teacher teaches best"),
     "hilbert": ("sdfast.hilbert.command", "rounds of self-distillation on a kernel, and the one to stop at"),
     "ntk": ("sdfast.ntk.command", "the neural tangent kernel of a network on a data set, exact, and its spectrum"),
+    "reproduce": ("sdfast.experiments.reproduce", "run the papers' figures and tables, and say what agrees"),
     "doctor": ("sdfast.doctor", "say what is installed, what runs where, and what to install for more"),
 }
 
@@ -62,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except (ValueError, NotImplementedError) as error:
         return _report(name, error, 2)
-    except (OSError, FloatingPointError, RuntimeError, MemoryError) as error:
+    except (OSError, FloatingPointError, RuntimeError, MemoryError, ImportError) as error:
         return _report(name, error, 1)
 
 

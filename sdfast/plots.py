@@ -4,6 +4,7 @@ import importlib.util
 import io
 import math
 import os
+import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,12 +19,12 @@ VERMILLION, BLUE, GREEN, ORANGE, GREY = "#D55E00", "#0072B2", "#009E73", "#E69F0
 
 
 class Curve(NamedTuple):
-    """One method over the epochs.
+    """One method over the epochs, or whatever the panel's horizontal axis is.
 
     Attributes:
         name: As the picture shows it.
         color: Of the line and its band.
-        runs: (runs, epochs) values; the line is their mean, the band their smallest to largest.
+        runs: (runs, epochs) values; the line is their mean, the band their smallest to largest, or what the panel says.
     """
 
     name: str
@@ -39,12 +40,27 @@ class Panel(NamedTuple):
         curves: Drawn in this order, each named at its end.
         level: A horizontal line to compare with, or ``None``.
         level_name: What that line is.
+        x_name: What the horizontal axis is.
+        xs: Its values; ``None`` counts from 1.
+        deviation: The band is mean ± standard deviation, not smallest to largest.
+        percent: The values are fractions, shown in per cent; otherwise they are shown as they are.
+        log_x: The horizontal axis is logarithmic.
     """
 
     title: str
     curves: Sequence[Curve]
     level: float | None = None
     level_name: str = ""
+    x_name: str = "epoch"
+    xs: Sequence[float] | None = None
+    deviation: bool = False
+    percent: bool = True
+    log_x: bool = False
+
+    @property
+    def scale(self) -> float:
+        """From a value to what is drawn."""
+        return 100.0 if self.percent else 1.0
 
 
 def why_not() -> str | None:
@@ -67,12 +83,12 @@ def png(figure: Any) -> bytes:
 
 
 def comparison(title: str, subtitle: str, panels: Sequence[Panel]) -> Any:
-    """Percentages over the epochs, panels side by side.
+    """Curves over the epochs or anything else, panels side by side.
 
     Args:
         title: Of the whole picture: what it shows.
         subtitle: On what, in smaller print.
-        panels: From left to right; their curves hold fractions, drawn as percentages.
+        panels: From left to right.
 
     Returns:
         A matplotlib figure.
@@ -165,22 +181,32 @@ def _new_figure(width: float, height: float) -> Any:
 
 
 def _draw_panel(axes: Any, panel: Panel) -> None:
-    _style(axes, panel.title)
+    _style(axes, panel.title, panel.x_name)
     for curve in panel.curves:
-        columns = [[100 * value for value in column] for column in zip(*curve.runs, strict=True)]
-        epochs = range(1, len(columns) + 1)
+        columns = [[panel.scale * value for value in column] for column in zip(*curve.runs, strict=True)]
+        xs = range(1, len(columns) + 1) if panel.xs is None else panel.xs
         means = [sum(column) / len(column) for column in columns]
-        axes.fill_between(epochs, [*map(min, columns)], [*map(max, columns)], color=curve.color, alpha=0.2, linewidth=0)
-        axes.plot(epochs, means, color=curve.color, linewidth=2)
+        low, high = [*map(min, columns)], [*map(max, columns)]
+        if panel.deviation:
+            spread = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns]
+            low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
+        axes.fill_between(xs, low, high, color=curve.color, alpha=0.2, linewidth=0)
+        axes.plot(xs, means, color=curve.color, linewidth=2, marker="o" if len(columns) < 16 else None, markersize=4)
     last = max((len(run) for curve in panel.curves for run in curve.runs), default=1)
-    axes.set_xlim(0, max(last, 2))
-    axes.set_ylim(_lower_end(panel), 101.5)
-    axes.yaxis.set_major_formatter("{x:.0f} %")
+    if panel.xs is None:
+        axes.set_xlim(0, max(last, 2))
+    if panel.log_x:
+        axes.set_xscale("log")
+    if panel.percent:
+        axes.set_ylim(_lower_end(panel), 101.5)
+        axes.yaxis.set_major_formatter("{x:.0f} %")
+    else:
+        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     if panel.level is not None:
-        axes.axhline(100 * panel.level, color=GREY, linestyle=(0, (4, 3)), linewidth=1)
+        axes.axhline(panel.scale * panel.level, color=GREY, linestyle=(0, (4, 3)), linewidth=1)
         axes.annotate(
             panel.level_name,
-            (1, 100 * panel.level),
+            (1, panel.scale * panel.level),
             xycoords=("axes fraction", "data"),
             xytext=(-4, -14),
             textcoords="offset points",
@@ -196,19 +222,20 @@ def _lower_end(panel: Panel) -> float:
     """The bottom of the axis: the later curves fill it, the first epochs may leave it."""
     later = [100 * value for curve in panel.curves for run in curve.runs for value in run[min(4, len(run) - 1) :]]
     levels = [] if panel.level is None else [100 * panel.level]
-    return max(0.0, 10 * math.floor((min(later + levels) - 4) / 10))
+    low = min((value for value in later + levels if math.isfinite(value)), default=0.0)
+    return max(0.0, 10 * math.floor((low - 4) / 10))
 
 
 def _label_curves(axes: Any, panel: Panel) -> None:
     """Each curve's name and last value stand where it ends, moved apart where they would meet."""
     low, high = axes.get_ylim()
     gap = 0.13 * (high - low)
-    ends = sorted((100 * sum(run[-1] for run in curve.runs) / len(curve.runs), curve) for curve in panel.curves)
+    ends = sorted((panel.scale * sum(run[-1] for run in curve.runs) / len(curve.runs), curve) for curve in panel.curves)
     height = -math.inf
     for value, curve in ends:
         height = max(value, height + gap, low)
         axes.annotate(
-            f"{curve.name}\n{value:.1f} %",
+            f"{curve.name}\n{value:.1f} %" if panel.percent else f"{curve.name}\n{value:.3g}",
             (1, height),
             xycoords=("axes fraction", "data"),
             xytext=(7, 0),
@@ -220,9 +247,9 @@ def _label_curves(axes: Any, panel: Panel) -> None:
         )
 
 
-def _style(axes: Any, title: str) -> None:
+def _style(axes: Any, title: str, x_name: str = "epoch") -> None:
     axes.set_title(title, fontsize=11, loc="left", color="#202124")
-    axes.set_xlabel("epoch", fontsize=10, color=GREY)
+    axes.set_xlabel(x_name, fontsize=10, color=GREY)
     axes.grid(axis="y", color="#E4E6E9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=GREY, length=0)

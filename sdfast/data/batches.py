@@ -71,10 +71,7 @@ class Batches:
         return whole + (rest > 0 and not self.drop_last)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        order = self.order(self.epoch)
-        self.epoch += 1
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
-            rows = order[start : start + self.batch_size]
+        for rows in self._rows():
             batch = (self.inputs[rows], self.labels[rows])
             yield (*batch, rows) if self.with_indices else batch
 
@@ -96,3 +93,10 @@ class Batches:
     def fingerprint(self) -> str:
         """A short hash of the tensors' contents, by which a checkpoint knows its data again."""
         return content_hash([self.inputs, self.labels])
+
+    def _rows(self) -> Iterator[Tensor]:
+        """The row numbers of each batch of the next epoch."""
+        order = self.order(self.epoch)
+        self.epoch += 1
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            yield order[start : start + self.batch_size]

@@ -1,28 +1,23 @@
-"""The networks of the experiments."""
+"""The networks of the papers, and others by name."""
 
-from collections.abc import Sequence
-from itertools import pairwise
+from sdfast.models.cifar_resnet import CifarResNet
+from sdfast.models.mlp import mlp
+from sdfast.models.registry import MODELS, make_model, register
+from sdfast.models.shake_shake import ShakeShake26
+from sdfast.models.small_cnn import small_cnn
+from sdfast.models.two_layer import TwoLayerNet
+from sdfast.models.vgg import Vgg16
+from sdfast.models.wide_resnet import WideResNet
 
-from torch import nn
-
-__all__ = ["mlp"]
-
-
-def mlp(widths: Sequence[int]) -> nn.Sequential:
-    """A fully connected ReLU network, with torch's own initialisation.
-
-    Args:
-        widths: Of every layer, input and output included: ``(64, 256, 256, 10)``.
-
-    Returns:
-        Linear layers with a ReLU between any two.
-
-    Raises:
-        ValueError: There are fewer than two widths, or one is below 1.
-    """
-    if len(widths) < 2 or any(width < 1 for width in widths):
-        raise ValueError(f"widths: got {list(widths)}, wanted at least two positive widths")
-    layers: list[nn.Module] = []
-    for inputs, outputs in pairwise(widths):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+__all__ = [
+    "MODELS",
+    "CifarResNet",
+    "ShakeShake26",
+    "TwoLayerNet",
+    "Vgg16",
+    "WideResNet",
+    "make_model",
+    "mlp",
+    "register",
+    "small_cnn",
+]

@@ -2,25 +2,27 @@
 
 import argparse
 import json
-import os
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from sdfast import _dispatch, _files, plots, report
+from sdfast import _dispatch, _files, _locks, plots, report
 from sdfast.baselines import METHODS, TwoNetworks, make_method
-from sdfast.data import DATASETS, Batches, Dataset, NoisyLabels, flip_labels, load_dataset
-from sdfast.models import mlp
+from sdfast.data import Dataset, NoisyLabels, evaluation_batches, training_batches
 from sdfast.ops.self_distillation import AdaptiveAlpha
 from sdfast.ops.self_distillation.arguments import is_no_op
 from sdfast.ops.self_distillation.description import LOSSES
 from sdfast.train.checkpoint import read
+from sdfast.train.data_flags import (
+    add_data_arguments,
+    add_model_arguments,
+    load_data,
+    model_maker,
+    noisy_labels,
+)
 from sdfast.train.flags import (
     SETTINGS,
     check_arguments,
@@ -34,37 +36,13 @@ from sdfast.train.history import History, strict_number
 from sdfast.train.parts import AMP_DTYPES
 from sdfast.train.self_distiller import SelfDistiller
 
-try:
-    import fcntl
-except ModuleNotFoundError:  # not POSIX
-    fcntl = None  # type: ignore[assignment]
-
 LABEL_FUNCTIONS = ("hardmax", "softmax", "identity")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.set_defaults(when_interrupted="; the same command with --resume continues")
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset", choices=sorted(DATASETS), default="digits", help="what to learn")
-    data.add_argument("--test-fraction", type=float, default=0.25, help="share held out for testing")
-    data.add_argument("--noise", type=float, default=0.0, help="probability with which a training label is chosen")
-    data.add_argument(
-        "--noise-kind",
-        choices=("symmetric", "asymmetric", "pair"),
-        default="symmetric",
-        help="what it becomes",
-    )
-    data.add_argument(
-        "--noise-convention",
-        choices=("all", "others"),
-        default="all",
-        help="symmetric: drawn from which classes",
-    )
-    data.add_argument(
-        "--noise-transition", type=Path, metavar="FILE", help="asymmetric: a text file of C lines of C probabilities"
-    )
-    data.add_argument("--noise-exact", action="store_true", help="choose exactly that share of the labels")
+    add_data_arguments(parser)
 
     loss = parser.add_argument_group("loss")
     loss.add_argument(
@@ -104,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--momentum", type=float, default=0.9, help="of SGD")
     training.add_argument("--weight-decay", type=float, default=0.0, help="of SGD")
     training.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help="of the learning rate")
-    training.add_argument("--hidden", type=int, nargs="*", default=[256, 256], help="widths of the hidden layers")
+    add_model_arguments(training)
     training.add_argument("--seed", type=int, default=0, help="of the split, the noise, the weights and the order")
     training.add_argument("--device", default="cpu", help="where to train")
     training.add_argument("--amp", choices=tuple(AMP_DTYPES), help="mixed precision")
@@ -137,29 +115,12 @@ def run(arguments: argparse.Namespace) -> int:
         take_settings(arguments, epochs_done)
     check_arguments(arguments)
     with named_as_flags():
-        data = load_dataset(arguments.dataset, test_fraction=arguments.test_fraction, seed=arguments.seed)
-        noise = _noisy_labels(arguments, data)
+        data = load_data(arguments)
+        noise = noisy_labels(arguments, data, arguments.seed)
         distiller = _distiller(arguments, data, noise)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    with _locked(arguments.output):
+    with _locks.held(arguments.output, "sdfast train"):
         return _run(arguments, data, noise, distiller)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds a folder against a second run in it, where the system has such locks; a run that dies lets go of it."""
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"--output: another sdfast train is at work in {folder}") from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _run(arguments: argparse.Namespace, data: Dataset, noise: NoisyLabels, distiller: SelfDistiller) -> int:
@@ -185,8 +146,9 @@ def _run(arguments: argparse.Namespace, data: Dataset, noise: NoisyLabels, disti
 
 def _fit(arguments: argparse.Namespace, distiller: SelfDistiller, data: Dataset, noise: NoisyLabels) -> History:
     seed, device = arguments.seed, distiller.device
-    train = Batches(data.train_inputs, noise.labels, arguments.batch_size, seed=seed, device=device, with_indices=True)
-    test = Batches(data.test_inputs, data.test_labels, 4096, shuffle=False, device=device)
+    augment = not arguments.no_augment
+    train = training_batches(data, noise.labels, arguments.batch_size, seed=seed, device=device, augment=augment)
+    test = evaluation_batches(data, device=device)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="self_distillation_loss: with source=None")  # said by _say_if_no_op
         return distiller.fit(
@@ -208,32 +170,6 @@ def _say_if_no_op(arguments: argparse.Namespace) -> None:
             + (" or a --temperature below 1" if arguments.label_fn == "softmax" else ""),
             file=sys.stderr,
         )
-
-
-def _noisy_labels(arguments: argparse.Namespace, data: Dataset) -> NoisyLabels:
-    transition = None
-    if arguments.noise_transition is not None:
-        if not arguments.noise_transition.is_file():
-            raise ValueError(f"--noise-transition: there is no file {arguments.noise_transition}")
-        try:
-            text = arguments.noise_transition.read_text(encoding="utf-8")
-            if not text.strip():
-                raise ValueError("is empty")
-            delimiter = "," if "," in text.partition("\n")[0] else None
-            matrix = np.loadtxt(text.splitlines(), delimiter=delimiter, ndmin=2)
-        except ValueError as error:
-            raise ValueError(f"--noise-transition: {arguments.noise_transition}: {error}") from None
-        transition = torch.from_numpy(matrix)
-    return flip_labels(
-        data.train_labels,
-        arguments.noise,
-        data.num_classes,
-        arguments.noise_kind,
-        convention=arguments.noise_convention,
-        transition=transition,
-        exact=arguments.noise_exact,
-        generator=torch.Generator().manual_seed(arguments.seed),
-    )
 
 
 def _distiller(arguments: argparse.Namespace, data: Dataset, noise: NoisyLabels) -> SelfDistiller:
@@ -260,8 +196,8 @@ def _distiller(arguments: argparse.Namespace, data: Dataset, noise: NoisyLabels)
 
 def _model(arguments: argparse.Namespace, data: Dataset) -> torch.nn.Module:
     torch.manual_seed(arguments.seed)
-    widths = (data.train_inputs[0].numel(), *arguments.hidden, data.num_classes)
-    return TwoNetworks(mlp(widths), mlp(widths)) if arguments.method == "co-teaching" else mlp(widths)
+    make = model_maker(arguments, data)
+    return TwoNetworks(make(), make()) if arguments.method == "co-teaching" else make()
 
 
 def _loss_options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -12,12 +12,15 @@ from typing import Any
 import torch
 
 from sdfast.baselines import options_of
+from sdfast.train.data_flags import check_noise
 
 SETTINGS = "settings.json"
 MAX_WIDTH = 65536  # of a hidden layer: two of them are 16 GiB
 
 # Options that do not change the result, and so are no settings of a run.
-_NO_SETTINGS = ("command", "run", "when_interrupted", "given", "output", "resume", "json", "no_progress")
+_NO_SETTINGS = (
+    "command", "run", "when_interrupted", "given", "output", "resume", "json", "no_progress", "download",
+)  # fmt: skip
 
 # What the loss's flags are where nobody set them; a method has none of them.
 _LOSS_DEFAULTS = {
@@ -25,7 +28,15 @@ _LOSS_DEFAULTS = {
 }  # fmt: skip
 
 # Arguments of the library whose flag has another name.
-_FLAGS = {"ratio": "alpha-ratio", "rate": "noise", "convention": "noise-convention", "transition": "noise-transition"}
+_FLAGS = {
+    "ratio": "alpha-ratio", "rate": "noise", "convention": "noise-convention", "transition": "noise-transition",
+    "folder": "data", "learning_rate": "lr",
+}  # fmt: skip
+_SAME = (
+    "backend", "device", "amp", "seed", "test_fraction", "alpha", "temperature", "model", "download",
+    "rounds", "runs", "loss", "epochs", "batch_size", "momentum", "weight_decay", "schedule", "hidden",
+)  # fmt: skip
+_PATHS = ("noise_transition", "data")
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -63,7 +74,7 @@ def take_settings(arguments: argparse.Namespace, epochs_done: int) -> None:
         )
     for name in saved.keys() - arguments.given:
         value = saved[name]
-        setattr(arguments, name, Path(value) if name == "noise_transition" and value is not None else value)
+        setattr(arguments, name, Path(value) if name in _PATHS and value is not None else value)
     for name, other in (("alpha", "alpha_ratio"), ("alpha_ratio", "alpha")):
         if name in arguments.given:
             setattr(arguments, other, None)
@@ -90,7 +101,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         if not 0 <= value < float("inf"):
             raise ValueError(f"{flag(name)}: got {value}, wanted a finite number >= 0")
         _check_float32(name, value)
-    for name in ("noise", "alpha", "label_smoothing"):
+    for name in ("alpha", "label_smoothing"):
         value = getattr(arguments, name)
         unbounded = name == "alpha" and arguments.loss == "mse"
         if value is not None and not unbounded and not 0 <= value <= 1:
@@ -109,7 +120,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"--temperature: got {arguments.temperature}, but only --label-fn softmax has one, not {arguments.label_fn}"
         )
-    _check_noise(arguments)
+    check_noise(arguments)
 
 
 def _check_method(arguments: argparse.Namespace) -> None:
@@ -154,32 +165,17 @@ def _check_float32(name: str, value: float) -> None:
         raise ValueError(f"{flag(name)}: got {value}, wanted at most {largest:.3g}, the largest float32")
 
 
-def _check_noise(arguments: argparse.Namespace) -> None:
-    kind = arguments.noise_kind
-    if kind == "asymmetric" and arguments.noise_transition is None:
-        raise ValueError("--noise-transition: --noise-kind asymmetric wants a file with its matrix")
-    if kind != "asymmetric" and arguments.noise_transition is not None:
-        raise ValueError(f"--noise-transition: only --noise-kind asymmetric takes one, not {kind}")
-    if kind != "symmetric" and arguments.noise_convention != "all":
-        raise ValueError(f"--noise-convention: only --noise-kind symmetric has one, not {kind}")
-    if arguments.noise == 0:
-        told = {"noise_kind": kind != "symmetric", "noise_convention": arguments.noise_convention != "all"}
-        told["noise_exact"] = arguments.noise_exact
-        for name, is_told in told.items():
-            if is_told:
-                raise ValueError(f"{flag(name)}: says how labels are changed, but without --noise none is")
-
-
 @contextmanager
-def named_as_flags() -> Iterator[None]:
-    """Errors that name an argument of the library name the flag of it."""
+def named_as_flags(**others: str) -> Iterator[None]:
+    """Errors that name an argument of the library name the flag of it; `others` have another flag here."""
     try:
         yield
     except (ValueError, NotImplementedError) as error:
         name, rest = re.match(r"(\w*)(.*)", str(error), re.DOTALL).groups()  # type: ignore[union-attr]
-        known = name in _FLAGS or name in ("backend", "device", "amp", "seed", "test_fraction", "alpha", "temperature")
+        known = name in _FLAGS or name in _SAME
         rest = re.sub(r"^='(\w+)'", r" \1", rest)  # backend='cuda': as it is typed
-        raise type(error)(f"{flag(name)}{rest}" if known else str(error)) from None
+        rest = rest.replace("download=True", "--download")
+        raise type(error)(f"{flag(others.get(name, name))}{rest}" if known else str(error)) from None
 
 
 def flag(name: str) -> str:
