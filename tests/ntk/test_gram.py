@@ -176,13 +176,19 @@ class Random(nn.Module):
         super().__init__()
         self.names = names
         made = {
-            "linear": lambda: nn.Linear(4, 4), "tanh": nn.Tanh, "relu": lambda: nn.ReLU(inplace=True),
+            "linear": lambda: nn.Linear(4, 4), "tanh": nn.Tanh, "relu": nn.ReLU,
+            "relu in place": lambda: nn.ReLU(inplace=True),
             "layer norm": lambda: nn.LayerNorm(4), "rms norm": lambda: nn.RMSNorm(4), "scale": lambda: nn.Linear(4, 1),
             "residual": lambda: nn.Linear(4, 4), "attention": lambda: nn.MultiheadAttention(4, 2, batch_first=True),
             "merge": lambda: nn.Linear(4, 4), "transpose": lambda: nn.Linear(4, 4, bias=False),
             "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
         }  # fmt: skip
-        self.parts = nn.ModuleList(made[name]() for name in names)
+        # In place only where torch itself allows it: not over what the layer before keeps for its own backward.
+        before = ("", *names)
+        self.parts = nn.ModuleList(
+            made["relu in place" if name == "relu" and last == "linear" else name]()
+            for last, name in zip(before, names, strict=False)
+        )
         self.head = nn.Linear(4, 2)
         if tied:
             linear = [
