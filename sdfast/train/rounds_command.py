@@ -3,7 +3,7 @@
 import argparse
 
 from sdfast import _locks
-from sdfast.train import sweep_command
+from sdfast.train import predict_rounds, sweep_command
 from sdfast.train.data_flags import (
     add_data_arguments,
     add_model_arguments,
@@ -25,11 +25,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training = parser.add_argument_group("training")
     add_model_arguments(training)
     add_recipe_arguments(training)
+    predict_rounds.add_arguments(parser)
     sweep_command.add_output_arguments(parser, "sdfast-rounds")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the chains, prints their table and writes their report."""
+    """Runs the chains, prints their table and writes their report; or predicts them.
+
+    Raises:
+        ValueError: A flag is impossible.
+    """
+    if arguments.predict is not None:
+        return predict_rounds.run(arguments)
+    for name in ("tolerance", "samples"):
+        if name in arguments.given:
+            raise ValueError(f"--{name}: goes with --predict only")
     data, labels = sweep_command.prepare(arguments)
     with named_as_flags():
         recipe, make = recipe_of(arguments), model_maker(arguments, data)
