@@ -356,7 +356,10 @@ def test_ctrl_c_is_one_line_and_exit_code_130(tmp_path):
         "--output",
         tmp_path / "run",
     ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background shell ignores it
+    )  # fmt: skip
     deadline = time.monotonic() + 60
     while not (tmp_path / "run" / "checkpoint.pt").exists():
         assert process.poll() is None, process.stderr.read()

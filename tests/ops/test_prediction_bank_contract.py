@@ -55,8 +55,8 @@ def test_opcheck(dtype):
             torch.library.opcheck(
                 torch.ops.sdfast._prediction_bank.default,
                 (logits.detach(), labels, torch.rand((), dtype=wide), indices, *bank.storage(), None,
-                 torch.rand(12, dtype=wide), 0.4, False, 0, 0.5, 0, 1, -100, 0.0, 0.6, True, False, 0, False, update,
-                 strength, 0.0, True, late, True),
+                 torch.rand(12, dtype=wide), 0.4, False, 0, 0.5, 0, 1, -100, 0.0, 0, 1.0, 0.0, 0.6, True, False, 0,
+                 False, update, strength, 0.0, True, late, True),
             )  # fmt: skip
 
 
