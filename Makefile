@@ -62,12 +62,11 @@ NVCC ?= nvcc
 CUDA_ARCHS ?= 80 90 100
 cuda-compile: $(INSTALLED)
 	mkdir -p build/cuda
-	@for file in csrc/*/*.cu csrc/secular/secular.h; do for arch in $(CUDA_ARCHS); do \
-		echo "$$file sm_$$arch"; \
-		$(NVCC) -x cu -c $$file -o build/cuda/$$(basename $$(dirname $$file)).$$arch.o -gencode arch=compute_$$arch,code=sm_$$arch \
-			-O3 -std=c++17 --expt-relaxed-constexpr -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000 \
-			-I$$($(BIN)/python -c "import torch; print(torch.__path__[0])")/include -Xcompiler -fPIC || exit 1; \
-	done; done
+	@for file in csrc/*/*.cu csrc/secular/secular.h; do for arch in $(CUDA_ARCHS); do echo $$file $$arch; done; done | \
+		HEADERS=$$($(BIN)/python -c "import torch; print(torch.__path__[0])")/include xargs -P "$$(nproc)" -L 1 sh -c ' \
+		echo "$$1 sm_$$2"; exec $(NVCC) -x cu -c $$1 -o build/cuda/$$(basename $$(dirname $$1)).$$2.o \
+			-gencode arch=compute_$$2,code=sm_$$2 -O3 -std=c++17 --expt-relaxed-constexpr -DUSE_CUDA \
+			-DTORCH_TARGET_VERSION=0x020a000000000000 -I$$HEADERS -Xcompiler -fPIC' nvcc
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks sdfast/*.so
