@@ -15,6 +15,7 @@ from tqdm import tqdm
 from sdfast import _files
 from sdfast.data.images import evaluation_batches
 from sdfast.data.parts import Dataset
+from sdfast.ops.distillation import distillation_loss
 from sdfast.ops.self_distillation import self_distillation_loss
 from sdfast.train.recipe import Recipe, accuracy, derived_seed
 from sdfast.train.records import FAILURES, RunFile, data_settings, labels_of_runs, mean_and_deviation, model_settings
@@ -107,7 +108,7 @@ def teacher_sweep(
 ) -> TeacherSweep:
     """Trains one teacher, and a fresh student from what it was at each of some epochs; and all of it `runs` times.
 
-    A student's loss is ``α · CE(student, labels) + (1 − α) · T² · CE(softmax(student / T), softmax(teacher / T))``
+    A student's loss is ``α · CE(student, labels) + (1 − α) · T² · KL(softmax(teacher / T) ‖ softmax(student / T))``
     (Hinton et al. 2015), the teacher in evaluation mode on the very batch the student sees. All students of a run start
     from the same weights and see the same batches; one more learns from the labels alone.
 
@@ -273,14 +274,18 @@ class _Run:
             self.bar.update()
         return accuracy(distiller.model, evaluation_batches(self.data, device=self.learning.device))
 
+    def _loss(self, logits: Tensor, taught: Tensor | None, labels: Tensor) -> Tensor:
+        if taught is None:
+            return self_distillation_loss(logits, labels, 1.0)  # type: ignore[return-value]  # without stats, one tensor
+        return distillation_loss(logits, taught, labels, alpha=self.alpha, temperature=self.temperature)
+
     def _epoch(self, distiller: SelfDistiller, teacher: nn.Module | None, batches: Any) -> None:
         loss = None
         for inputs, labels, _ in batches:
             distiller.optimizer.zero_grad()
             with distiller._autocast():
                 logits = distiller._forward(inputs)
-                taught = None if teacher is None else teacher(inputs)
-                loss = hinton_loss(logits, taught, labels, self.temperature, self.alpha)
+                loss = self._loss(logits, None if teacher is None else teacher(inputs), labels)
             distiller.scaler.scale(loss).backward()
             distiller.scaler.step(distiller.optimizer)
             distiller.scaler.update()
@@ -288,25 +293,3 @@ class _Run:
             distiller.scheduler.step()
         if loss is not None and not math.isfinite(float(loss.detach())):
             raise FloatingPointError(f"the student's loss is {float(loss.detach())}; lower its learning rate")
-
-
-def hinton_loss(logits: Tensor, taught: Tensor | None, labels: Tensor, temperature: float, alpha: float) -> Tensor:
-    """``α · CE(logits, labels) + (1 − α) · T² · CE(softmax(logits / T), softmax(taught / T))``; CE without a teacher.
-
-    Args:
-        logits: (N, C) of the student.
-        taught: (N, C) logits of the teacher, or ``None``.
-        labels: (N,) classes.
-        temperature: T.
-        alpha: Weight of the labels.
-
-    Returns:
-        The mean over the rows.
-    """
-    # The place of sdfast.distillation_loss once it is there: this in one pass.
-    fused: Callable[..., Tensor] = self_distillation_loss  # type: ignore[assignment]  # without stats, one tensor
-    if taught is None or alpha == 1:
-        return fused(logits, labels, 1.0)
-    soft = fused(logits / temperature, labels, 0.0, source=taught, label_fn="softmax", temperature=temperature)
-    soft = (1 - alpha) * temperature**2 * soft
-    return soft + alpha * fused(logits, labels, 1.0) if alpha else soft
