@@ -47,7 +47,7 @@ class _Loss(nn.Module):
         """The options that differ from the constructor's defaults."""
         defaults = type(self).__init__.__kwdefaults__ or {}
         shown = {"alpha": self.alpha, **self._options()}
-        return ", ".join(f"{k}={v!r}" for k, v in shown.items() if k not in defaults or v is not defaults[k])
+        return ", ".join(f"{k}={v!r}" for k, v in shown.items() if k not in defaults or v != defaults[k])
 
 
 class DistillationLoss(_Loss):

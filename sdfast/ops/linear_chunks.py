@@ -202,15 +202,6 @@ def row_factors(row_weight: Tensor | None, denominator: Tensor, rows: int) -> Te
     return share.contiguous() if row_weight is None else row_weight * share
 
 
-def refuse_double_backward(name: str) -> None:
-    """Raises where the gradient is to be differentiated: a saved one would give silent zeros."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            f"{name}: its native backends have no second derivative; pass backend='reference' to differentiate the "
-            "gradient (create_graph=True)"
-        )
-
-
 def check_classifier(names: tuple[str, str, str], hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Refuses what is no (..., H) of hidden states with a (C, H) weight and a (C,) bias, of one dtype and device."""
     _checks.check_floating(names[0], hidden)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sdfast.ops.distillation.description import REDUCTIONS, STATE_SIZE, Description
 from sdfast.ops.self_distillation.description import accumulation_dtype
-from sdfast.ops.self_distillation.op import scaled, writes_gradient_early
+from sdfast.ops.self_distillation.op import refuse_double_backward, scaled, writes_gradient_early
 
 _TENSORS = (
     "Tensor logits, Tensor teacher, Tensor? indices, Tensor? tail, Tensor? labels, Tensor? alpha, Tensor? row_weight"
@@ -106,11 +106,7 @@ class Distillation(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         """Scales the gradient of the forward, or computes it from the saved inputs."""
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "distillation_loss: its native backends have no second derivative; pass backend='reference' to "
-                "differentiate the gradient (create_graph=True)"
-            )
+        refuse_double_backward("distillation_loss")
         if upstream is None:
             return (None,) * 9
         saved = ctx.saved_tensors  # read once: activation checkpointing unpacks them only once

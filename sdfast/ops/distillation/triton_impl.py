@@ -9,6 +9,7 @@ mean must first count the kept rows of a large batch; one backward. None of it i
 import triton
 from torch import Tensor
 
+from sdfast import _devices
 from sdfast.ops.distillation.description import REDUCTIONS, STATE_SIZE, TEACHER_FORMS
 from sdfast.ops.distillation.triton_kernels import rows_kernel
 from sdfast.ops.self_distillation.description import accumulation_dtype
@@ -17,7 +18,6 @@ from sdfast.ops.self_distillation.triton_impl import (
     REAL,
     arrival_counter,
     count,
-    device_of,
     label_strides,
     stages,
     tiling,
@@ -54,7 +54,7 @@ def forward(
     gradient = logits.new_empty((rows, classes) if want_gradient else (0,)) if into is None else into
     state = logits.new_empty((0,) if want_gradient else (STATE_SIZE,), dtype=real)
     programs = max(1, triton.cdiv(rows, tiling(classes).rows))
-    with device_of(logits):
+    with _devices.current(logits):
         kept = None
         if reduction == REDUCTIONS["mean"] and labels is not None and labels.dim() == 1 and rows > COUNT_IN_PROGRAM:
             _, kept, _ = count(logits, labels, None, False, ignore_index)
@@ -90,7 +90,7 @@ def backward(
     """`_distillation_backward_triton`: the gradient for any upstream gradient, which is folded in."""
     gradient = logits.new_empty(logits.shape) if into is None else into
     programs = max(1, triton.cdiv(logits.shape[0], tiling(logits.shape[1]).rows))
-    with device_of(logits):
+    with _devices.current(logits):
         _launch(
             programs, logits, teacher, indices, tail, labels, alpha, row_weight, alpha_value, temperature,
             teacher_temperature, divergence, teacher_form, ignore_index, label_smoothing, state=state,

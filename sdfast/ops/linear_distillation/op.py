@@ -16,13 +16,12 @@ from sdfast.ops.linear_chunks import (
     Classifier,
     Gradients,
     Plan,
-    refuse_double_backward,
     row_factors,
     rows_of,
     sweep,
 )
 from sdfast.ops.self_distillation.description import accumulation_dtype
-from sdfast.ops.self_distillation.op import scaled
+from sdfast.ops.self_distillation.op import refuse_double_backward, scaled
 
 _TENSORS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias, "

@@ -15,14 +15,13 @@ from sdfast.ops.linear_chunks import (
     Classifier,
     Gradients,
     Plan,
-    refuse_double_backward,
     row_factors,
     rows_of,
     sweep,
 )
 from sdfast.ops.self_distillation import arguments
 from sdfast.ops.self_distillation.description import LOSSES, REDUCTIONS, STATE_SIZE, Description, accumulation_dtype
-from sdfast.ops.self_distillation.op import OPERATIONS, gradient_from_inputs, scaled
+from sdfast.ops.self_distillation.op import OPERATIONS, gradient_from_inputs, refuse_double_backward, scaled
 from sdfast.ops.self_distillation.reference import batch_accuracy
 
 _CLASSIFIER = "Tensor hidden, Tensor weight, Tensor? bias"
@@ -127,9 +126,10 @@ def _forward(
         return gradient
 
     sweep([classifier], Plan(chunk, block, columns), of_block, gradients)
-    statistics /= (labels != ignore_index).sum().clamp(min=1)
-    if alpha is None or alpha.dim() == 0:
-        statistics[0] = alpha_value if alpha is None else alpha
+    if want_stats:
+        statistics /= (labels != ignore_index).sum().clamp(min=1)
+        if alpha is None or alpha.dim() == 0:
+            statistics[0] = alpha_value if alpha is None else alpha
     statistics[1] = 1  # the row weights have divided already
     real = denominator.dtype
     made = Gradients(classifier, (False,) * 3) if gradients is None else gradients

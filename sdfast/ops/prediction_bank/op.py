@@ -12,7 +12,7 @@ from sdfast.ops.prediction_bank.bank import BankRows
 from sdfast.ops.prediction_bank.description import BankDescription
 from sdfast.ops.prediction_bank.reference import prediction_bank_reference
 from sdfast.ops.self_distillation.description import REDUCTIONS, STATE_SIZE, Description, accumulation_dtype
-from sdfast.ops.self_distillation.op import scaled
+from sdfast.ops.self_distillation.op import refuse_double_backward, scaled
 
 _SCHEMA = (
     "_prediction_bank{suffix}(Tensor logits, Tensor labels, Tensor? alpha, Tensor indices, Tensor(a!) predictions, "
@@ -74,11 +74,7 @@ class CarryGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         """The gradient times the upstream one."""
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "a loss on a PredictionBank: its native backends have no second derivative; pass backend='reference' "
-                "to differentiate the gradient (create_graph=True)"
-            )
+        refuse_double_backward("a loss on a PredictionBank")
         if upstream is None:
             return (None,) * 6
         gradient, state = ctx.saved_tensors  # read once: activation checkpointing unpacks them only once

@@ -11,6 +11,7 @@ import math
 import triton
 from torch import Tensor
 
+from sdfast import _devices
 from sdfast.ops.prediction_bank.triton_kernels import bank_kernel, claim_kernel
 from sdfast.ops.self_distillation.description import (
     LABEL_FUNCTIONS,
@@ -25,7 +26,6 @@ from sdfast.ops.self_distillation.triton_impl import (
     REAL,
     arrival_counter,
     count,
-    device_of,
     label_strides,
     stages,
     tiling,
@@ -80,7 +80,7 @@ def forward(
     summed = reduced or want_stats
     soft = labels.dim() == 2
     claimed = (update or unique) and rows > 0
-    with device_of(logits):
+    with _devices.current(logits):
         if claimed:
             claim_kernel[(triton.cdiv(rows, CLAIM_TILE),)](
                 labels, indices, claims, labels.stride(0), rows, len(seen), ignore_index, soft, CLAIM_TILE

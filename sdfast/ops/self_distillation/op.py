@@ -126,11 +126,7 @@ class SelfDistillation(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, _=None):
         """Scales the gradient of the forward, or computes it from the saved inputs."""
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "self_distillation_loss: its native backends have no second derivative; pass backend='reference' to "
-                "differentiate the gradient (create_graph=True)"
-            )
+        refuse_double_backward("self_distillation_loss")
         if upstream is None:
             return (None,) * 9
         saved = ctx.saved_tensors  # read once: activation checkpointing unpacks them only once
@@ -139,6 +135,15 @@ class SelfDistillation(torch.autograd.Function):
         else:
             gradient = gradient_from_inputs(OPERATIONS[ctx.backend], upstream, saved, ctx.description)
         return None, gradient, None, None, None, None, None, None, None
+
+
+def refuse_double_backward(name: str) -> None:
+    """Raises where the gradient is to be differentiated: a saved one would give silent zeros."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{name}: its native backends have no second derivative; pass backend='reference' to differentiate the "
+            "gradient (create_graph=True)"
+        )
 
 
 def writes_gradient_early(backend: str, dtype: torch.dtype, reduction: int) -> bool:
@@ -173,7 +178,7 @@ _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
 
 
-# `Function.apply` without its Python part, which looks for functorch wrappers in every argument (2.4 µs a call): under
+# `Function.apply` without its Python part, which looks for functorch wrappers in every argument: under
 # a functorch transform the reference runs instead. Compiled code wants `apply` itself.
 _apply = super(torch.autograd.Function, SelfDistillation).apply
 

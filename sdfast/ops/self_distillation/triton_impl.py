@@ -12,15 +12,15 @@ second sweep goes backwards to meet what the first left in the cache. Brier, and
 (probability labels, class weights), take a third sweep there. Unlike the launches, none of this is measured yet.
 """
 
-from contextlib import nullcontext
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sdfast import _devices
 from sdfast.ops.self_distillation.description import (
     LABEL_FUNCTIONS,
     LOSSES,
@@ -102,7 +102,7 @@ def forward(
     state = logits.new_empty((STATE_SIZE if want_state else 0,), dtype=real)
     programs = max(1, triton.cdiv(rows, tiling(classes).rows))
     summed = reduced or want_stats
-    with device_of(logits):
+    with _devices.current(logits):
         counts: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
         if adaptive or (reduction == REDUCTIONS["mean"] and labels.dim() == 1 and rows > COUNT_IN_PROGRAM):
             counts = count(logits, labels, class_weight, adaptive, ignore_index)
@@ -139,7 +139,7 @@ def backward(
     """`_self_distillation_backward_triton`: the gradient for any upstream gradient, which is folded in."""
     gradient = logits.new_empty(logits.shape) if into is None else into
     programs = max(1, triton.cdiv(logits.shape[0], tiling(logits.shape[1]).rows))
-    with device_of(logits):
+    with _devices.current(logits):
         _launch(
             programs, logits, labels, alpha, source, class_weight, row_weight, alpha_value, False, label_fn,
             label_parameter, loss, ignore_index, label_smoothing, mixing, target_power, row_power, state=state,
@@ -152,7 +152,7 @@ def scale_in_place(gradient: Tensor, upstream: Tensor) -> None:
     """`_scale_in_place_triton`: multiplies a contiguous gradient by the 0-d upstream gradient, unless that is 1."""
     entries = gradient.numel()
     if entries:
-        with device_of(gradient):
+        with _devices.current(gradient):
             scale_kernel[(triton.cdiv(entries, SCALE_TILE),)](gradient, upstream, entries, TILE=SCALE_TILE)
 
 
@@ -217,13 +217,6 @@ def _launch(
 
 def label_strides(labels: Tensor) -> tuple[int, int]:
     return (labels.stride(0), labels.stride(1) if labels.dim() == 2 else 0)
-
-
-def device_of(tensor: Tensor) -> Any:
-    """Makes the tensor's device current: Triton launches on the current one."""
-    if tensor.device.type == "cpu":
-        return nullcontext()
-    return torch.get_device_module(tensor.device).device(tensor.device)
 
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}
