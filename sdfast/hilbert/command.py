@@ -98,6 +98,8 @@ def compute(arguments: argparse.Namespace) -> tuple[dict[str, Any], Distillation
 
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
+    if arguments.output.exists() and not arguments.output.is_dir():
+        raise ValueError(f"--output: {arguments.output} is a file, wanted a folder")
     for name, low, high in (("noise", 0, 1), ("test_fraction", 0, 1), ("tolerance", 0, 1)):
         value = getattr(arguments, name)
         inside = low <= value <= high if name == "noise" else low < value < high

@@ -78,7 +78,7 @@ def early_stopping_match(path: "DistillationPath") -> EarlyStoppingMatch:
     errors = path.label_error  # (fits,)
     c, _ = secular.solve_path(d, energy / (path.points * errors[None, :]), 1, backend=path.backend)
     kept = d > 0
-    logs = [xp.log10(path.filter_columns(t)[kept, 0]) for t in range(1, len(path) + 1)]
+    logs = [xp.log10(after[kept, 0]) for _, after, _ in path.each_round()]
     single = d[:, None] / (c + d[:, None])  # (K, fits)
     single_logs = xp.log10(single[kept, :])
     return EarlyStoppingMatch(

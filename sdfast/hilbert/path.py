@@ -289,8 +289,7 @@ class DistillationPath:
     def noise_rate(self, *, convention: str = "all", round: int | None = None) -> float:
         """An upper estimate of the share of wrong class labels: the share that leave-one-out predictions contradict.
 
-        It counts the model's own errors too: with 400 digits, or fewer points of smaller data sets, it came out .02 to
-        .1 too high at rates up to .4.
+        It counts the model's own errors too, so it comes out too high.
 
         Args:
             convention: The rate of which noise, named as in ``sdfast.data.flip_labels``: ``"all"``, labels redrawn

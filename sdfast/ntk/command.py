@@ -14,6 +14,7 @@ from torch import Tensor
 from sdfast import _devices, _files, plots, report
 from sdfast.data import DATASETS, load_dataset
 from sdfast.models import mlp
+from sdfast.models.state import load_state
 from sdfast.ntk import figures
 from sdfast.ntk.gram import gram
 from sdfast.ntk.products import PRECISIONS
@@ -64,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         torch.random.default_generator.manual_seed(arguments.seed)
         model = mlp((inputs.shape[1], *arguments.hidden, data.num_classes))
     if arguments.weights is not None:
-        _load(model, arguments.weights)
+        load_state(model, arguments.weights, "--weights")
     matrix = gram(
         model.to(device),
         inputs.to(device),
@@ -97,13 +98,6 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--hidden: got {arguments.hidden}, wanted widths of at least 1")
     if arguments.outputs not in ("sum", "trace", "mean") and not arguments.outputs.isdigit():
         raise ValueError(f"--outputs: got {arguments.outputs!r}, wanted sum, trace, mean or the index of an output")
-
-
-def _load(model: torch.nn.Module, path: Path) -> None:
-    try:
-        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"--weights: {path} does not fit the network: {str(error).splitlines()[0]}") from None
 
 
 def summary(arguments: argparse.Namespace, model: torch.nn.Module, matrix: Tensor, values: Tensor) -> dict[str, Any]:

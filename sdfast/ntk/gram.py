@@ -78,7 +78,7 @@ def gram(
     first = next(iter(parameters.values()))
     precision = _check_precision(precision, first)
     check_batch_size(batch_size)
-    memory = _check_memory(memory)
+    memory = check_memory(memory)
     with unchanged(model, first.device):
         left = Source(model, feeding.read(x1, first, "x1"), asked, parameters, batch_size)
         right = left
@@ -188,7 +188,8 @@ def _check_precision(precision: str | None, parameter: Tensor) -> str:
     return precision
 
 
-def _check_memory(memory: object) -> int:
+def check_memory(memory: object) -> int:
+    """The bytes that gradients may take at a time; the default where ``None``."""
     if memory is None:
         return MEMORY
     if isinstance(memory, bool) or not isinstance(memory, int):

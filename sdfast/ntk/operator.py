@@ -5,6 +5,7 @@ product with many vectors is then a few large matrix products for each layer, an
 do not fit in memory, every product collects them anew, group by group.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ from sdfast import _checks
 from sdfast.ntk import inputs as feeding
 from sdfast.ntk.blocks import Block, Group, collect, groups_of
 from sdfast.ntk.factors import backward_factors, column_chunks, forward_factors, squared_norms
-from sdfast.ntk.gram import _check_memory
+from sdfast.ntk.gram import check_memory
 from sdfast.ntk.outputs import Outputs
 from sdfast.ntk.plan import Plan, make_plan
 from sdfast.ntk.sample_gradients import check_batch_size
@@ -63,10 +64,10 @@ def operator(
     with unchanged(model, first.device):
         source = Source(model, feeding.read(x, first, "x"), asked, parameters, batch_size)
         try:
-            made = NTKOperator(_Gradients(source, _check_memory(memory)))
+            made = NTKOperator(_Gradients(source, check_memory(memory)))
         except PathChangedError as error:
             loop_everything(source.findings, parameters, str(error))
-            made = NTKOperator(_Gradients(source, _check_memory(memory)))
+            made = NTKOperator(_Gradients(source, check_memory(memory)))
         say(source.findings)
     return made
 
@@ -118,6 +119,8 @@ class _Gradients:
 
     def in_rows(self) -> "_Gradients":
         """The same without factors, in the order of the parameters' entries."""
+        if not any(group.factored for group in self.groups):
+            return self
         with unchanged(self.source.model, self.device):
             return _Gradients(self.source, self.memory, factored=False)
 
@@ -208,7 +211,7 @@ class NTKOperator(_Operator):
         """Itself."""
         return self
 
-    @property
+    @functools.cached_property
     def jacobian(self) -> "JacobianOperator":
         """J: from parameters to outputs.
 

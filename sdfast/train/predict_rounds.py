@@ -2,16 +2,16 @@
 
 import argparse
 import json
-import pickle
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdfast import _devices, hilbert, ntk
 from sdfast.hilbert import command
+from sdfast.models.state import load_state
 from sdfast.train.data_flags import check_noise, load_data, model_maker, noisy_labels
 from sdfast.train.flags import named_as_flags
 
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         make = model_maker(arguments, data)
     samples = min(arguments.samples, len(data.train_inputs))
     device = _devices.usable(arguments.device)
-    model = _loaded(make(), arguments.predict).eval().to(device, torch.float64)
+    model = load_state(make(), arguments.predict, "--predict").eval().to(device, torch.float64)
     train, test = (inputs.to(device, torch.float64) for inputs in (data.train_inputs[:samples], data.test_inputs))
     progress = not arguments.no_progress and sys.stderr.isatty()
     gram, cross = (ntk.gram(model, *pair, outputs="mean", progress=progress) for pair in ((train,), (test, train)))
@@ -73,14 +73,6 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
     if arguments.output.exists() and not arguments.output.is_dir():
         raise ValueError(f"--output: {arguments.output} is a file, wanted a folder")
     check_noise(arguments)
-
-
-def _loaded(model: nn.Module, path: Path) -> nn.Module:
-    try:
-        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"--predict: {path} does not fit the network: {str(error).splitlines()[0]}") from None
-    return model
 
 
 def _problem(given: Tensor, clean: Tensor, truth: Tensor, classes: int) -> command.Data:
