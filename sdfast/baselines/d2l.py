@@ -97,12 +97,16 @@ class DimensionalityDriven(Method):
                 f"neighbours: got {self.neighbours}, but no batch of the last epoch had more rows, so d2l has nothing "
                 "to measure"
             )
-        self.dimensions.append(statistics.mean(float(dimension) for dimension in self._measured))
+        self.dimensions.append(statistics.mean(self._last_dimensions()))
         self._measured.clear()
         if self.turned is None and len(self.dimensions) > self.window:
             before = self.dimensions[-1 - self.window : -1]
             if self.dimensions[-1] - statistics.mean(before) > 2 * statistics.stdev(before):
                 self.turned = epoch
+
+    def _last_dimensions(self) -> list[float]:
+        """Of the epoch's last batches, measured only here: each measurement waits for the device."""
+        return [float(x if x.dim() == 0 else local_intrinsic_dimension(x, self.neighbours)) for x in self._measured]
 
     def alpha(self) -> float:
         """The weight of the given label in this epoch."""
@@ -112,17 +116,17 @@ class DimensionalityDriven(Method):
         return float(torch.tensor(-self.epoch / self.epochs * ratio).exp())
 
     def compute(self, logits: Tensor, labels: Tensor, indices: Tensor | None) -> tuple[Tensor, LossStats]:
-        """The loss; the features of the batch are measured on the side."""
+        """The loss; the features of the batch are kept to be measured."""
         if self._features is None:
             raise RuntimeError("d2l: has seen no features; call method.watch(model) before the model")
         if len(self._features) > self.neighbours:
-            self._measured.append(local_intrinsic_dimension(self._features, self.neighbours))
+            self._measured.append(self._features)
         self._features = None
         return self_distillation_loss(logits, labels, self.alpha(), return_stats=True)  # type: ignore[return-value]
 
     def get_extra_state(self) -> dict[str, Any]:
         """The dimensions so far."""
-        measured = [float(dimension) for dimension in self._measured]
+        measured = self._last_dimensions()
         return {"dimensions": list(self.dimensions), "turned": self.turned, "measured": measured}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
