@@ -140,7 +140,7 @@ def _figure(settings: Settings, runs: list[dict[str, Any]]) -> Any:
             )
         )  # fmt: skip
     subtitle = f"{settings.dataset}; mean ± standard deviation of {len(runs)} seeds"
-    return plots.comparison("A teacher teaches best before it has memorised the wrong labels", subtitle, panels)
+    return plots.comparison("Students of one teacher, by its epoch", subtitle, panels)
 
 
 EXPERIMENT = Experiment(

@@ -123,7 +123,7 @@ def _figure(settings: Settings, runs: list[dict[str, Any]], wrong: float) -> Any
         return plots.Panel(title, curves, **options)
 
     return plots.comparison(
-        "Training on wrong labels: cross entropy overfits, self-distillation does not",
+        "Training on wrong labels, with and without self-distillation",
         f"{settings.model} on {settings.dataset}, {wrong:.0f} % wrong labels; mean and range of {len(runs)} seeds",
         [
             panel("Accuracy on test data", "test"),

@@ -33,8 +33,8 @@ def write(folder: Path) -> Path:
 
 HOW_TESTED = (
     "p is that of a one-sided sign-flip test over paired seeds: the share of ways to flip the signs of the seeds' "
-    "differences that give at least the mean seen. A claim holds where p is at most .05. Settings were fixed before; "
-    "no method was tuned on test data. A claim that does not hold is left standing as such."
+    "differences that give at least the mean seen. A claim holds where p is at most .05. The presets were fixed "
+    "before; no method was tuned on test data. A claim that does not hold is left standing as such."
 )
 
 

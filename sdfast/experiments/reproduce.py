@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,10 @@ def _settings(arguments: argparse.Namespace, name: str) -> Any:
             raise ValueError(f"--{option}: got {value}, wanted at least 1")
         if value is not None:
             changes[option] = value
-    if arguments.device is not None:
+    if arguments.device is not None and not hasattr(settings, "dataset"):
+        if not arguments.all:
+            raise ValueError(f"--device: {name} always runs on the CPU")
+    elif arguments.device is not None:
         changes["device"] = arguments.device
     needs_files = getattr(settings, "dataset", None) in ("cifar10", "cifar100", "fashion_mnist")
     for option in ("data", "download"):
@@ -106,7 +109,4 @@ def _settings(arguments: argparse.Namespace, name: str) -> Any:
             raise ValueError(f"--{option}: {name} at preset {arguments.preset} reads no files")
         if value and needs_files:
             changes[option] = str(value) if option == "data" else value
-    unknown = changes.keys() - {field.name for field in fields(settings)}
-    if unknown:
-        raise ValueError(f"--{min(unknown)}: {name} has no such setting")
     return changed(replace(settings, **changes), arguments.set)

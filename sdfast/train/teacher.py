@@ -83,8 +83,7 @@ class TeacherSweep:
             [
                 plots.Panel(
                     "Accuracy on test data", curves, level=alone, level_name="student without a teacher",
-                    x_name="epochs of the teacher (log₂)", xs=[math.log2(epoch) for epoch in self.epochs],
-                    deviation=True,
+                    x_name="epochs of the teacher", xs=self.epochs, log_x=True, deviation=True,
                 )
             ],
         )  # fmt: skip

@@ -134,7 +134,8 @@ def test_the_best_epoch_and_the_picture():
     means = [mean for mean, _ in result.mean_and_deviation("student_accuracy")]
     assert means[[1, 4].index(result.best_epoch)] == max(means)
     (axes,) = result.figure().axes
-    assert axes.lines[0].get_xdata().tolist() == [0, 2]
+    assert axes.lines[0].get_xdata().tolist() == [1, 4]
+    assert axes.get_xscale() == "log"
     assert axes.lines[0].get_ydata().tolist() == pytest.approx([100 * mean for mean in means])
 
 
