@@ -43,6 +43,13 @@ def check_floating(name: str, value: Tensor) -> None:
         raise TypeError(f"{name}: got {dtype_name(value)}, wanted float32, float64, bfloat16 or float16")
 
 
+def check_full_precision(name: str, value: Tensor) -> None:
+    """Refuses what is not a float32 or float64 tensor: gradients are taken in full precision."""
+    check_floating(name, value)
+    if value.element_size() < 4:
+        raise TypeError(f"{name}: got {dtype_name(value)}, wanted float32 or float64")
+
+
 def check_option(name: str, value: object, options: dict | tuple) -> None:
     """Refuses a name that is none of `options`."""
     if not isinstance(value, str) or value not in options:
@@ -73,6 +80,21 @@ def check_weight(name: str, value: Tensor, shape: tuple[int, ...], meaning: str,
         )
     check_constant(name, value, logits.device)
     return value.to(torch.float64 if logits.dtype == torch.float64 else torch.float32).contiguous()
+
+
+def rows_beside(name: str, values: Tensor, logits: Tensor) -> Tensor:
+    """Floats of the logits' shape and device as (N, C) rows, detached."""
+    check_floating(name, values)
+    if values.shape != logits.shape:
+        raise ValueError(f"{name}: got shape {shape_text(values)}, wanted {shape_text(logits)} as the logits")
+    if values.device != logits.device:
+        raise ValueError(f"{name}: is on {values.device}, wanted {logits.device} as the logits")
+    return values.detach().reshape(-1, logits.shape[-1])
+
+
+def first_row(bad: Tensor) -> int | None:
+    """The first row that is bad, ``None`` where none is; looks at the values."""
+    return int(bad.nonzero()[0]) if bad.any() else None
 
 
 def check_labels(logits: Tensor, labels: Tensor, regression: bool) -> Tensor:

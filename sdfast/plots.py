@@ -93,7 +93,7 @@ def comparison(title: str, subtitle: str, panels: Sequence[Panel]) -> Any:
     Returns:
         A matplotlib figure.
     """
-    figure = _new_figure(5.8 * len(panels), 4.4)
+    figure = new_figure(5.8 * len(panels), 4.4)
     figure.subplots_adjust(left=0.07, right=0.885, top=0.765, bottom=0.125, wspace=0.5)
     figure.text(0.012, 0.935, title, fontsize=14, fontweight="bold", color="#202124")
     figure.text(0.012, 0.875, subtitle, fontsize=10, color=GREY)
@@ -113,7 +113,7 @@ def training_curves(history: "History", subtitle: str = "", eval_name: str = "ev
     Returns:
         A matplotlib figure.
     """
-    figure = _new_figure(13, 4.2)
+    figure = new_figure(13, 4.2)
     figure.subplots_adjust(left=0.045, right=0.985, top=0.83, bottom=0.12, wspace=0.2)
     figure.text(0.012, 0.94, subtitle, fontsize=11, color=GREY)
     loss, accuracy, targets = figure.subplots(1, 3)
@@ -152,7 +152,7 @@ def information_curves(records: "Sequence[ProbeRecord]") -> Any:
     Returns:
         A matplotlib figure.
     """
-    figure = _new_figure(10.5, 4.0)
+    figure = new_figure(10.5, 4.0)
     figure.subplots_adjust(left=0.06, right=0.985, top=0.88, bottom=0.13, wspace=0.18)
     ratios, gains = figure.subplots(1, 2)
     calls = [record.call for record in records]
@@ -172,7 +172,8 @@ def information_curves(records: "Sequence[ProbeRecord]") -> Any:
     return figure
 
 
-def _new_figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """An empty white figure, in inches."""
     if (reason := why_not()) is not None:
         raise ModuleNotFoundError(reason)
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state

@@ -67,7 +67,7 @@ struct Rows {
 
   template <class T>
   bool direct() const {
-    return column_stride == 1 && type == (sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double);
+    return column_stride == 1 && type == kType<T>;
   }
 
   // The row itself where it already has the wanted dtype and unit stride, else a copy in scratch.
@@ -113,7 +113,7 @@ struct OutputRows {
   // Where a kernel computing in T may write row i directly; null where it must go through `write`.
   template <class T>
   T* direct(int64_t i) const {
-    const bool same = type == (sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double);
+    const bool same = type == kType<T>;
     return same && data ? static_cast<T*>(data) + i * columns : nullptr;
   }
 

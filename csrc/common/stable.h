@@ -25,6 +25,11 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using BFloat16 = c10::BFloat16;
 using Half = c10::Half;
+using OptionalTensor = std::optional<Tensor>;
+
+// The dtype that sums, losses and weights have.
+template <class T>
+constexpr ScalarType kType = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
 
 // pybind11, which carries torch.ops calls, turns std::invalid_argument into ValueError and std::out_of_range into
 // IndexError; STD_TORCH_CHECK would give a RuntimeError that starts with a source path.

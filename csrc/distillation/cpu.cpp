@@ -7,7 +7,6 @@
 namespace sdfast::distillation {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
 using self_distillation::kMean;
 using self_distillation::kNone;
 
@@ -93,9 +92,6 @@ Problem<T> make_problem(const Tensor& logits, const Tensor& teacher, const Optio
   problem.form = options.form;
   return problem;
 }
-
-template <class T>
-constexpr ScalarType kType = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
 
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> forward_as(const Problem<T>& problem, const Tensor& logits, int64_t reduction,

@@ -204,14 +204,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_as(BankProblem<T> problem, const Tens
       if (roles[i] == kWritesLast) run(scratch, i, false);
   }
 
-  T* losses = value.mutable_data_ptr<T>();
-  if (reduction == kNone) {
-    for (int64_t i = 0; i < loss.rows; ++i) losses[i] = results[i].loss;
-  } else {
-    double sum = 0;
-    for (const RowResult<T>& result : results) sum += result.loss;
-    losses[0] = static_cast<T>(sum / divisor);
-  }
+  write_losses(results, reduction, divisor, value.mutable_data_ptr<T>());
   Tensor state = new_tensor(logits, {int64_t{kStateSize}}, kType<T>);
   write_state(loss, results, counts.kept, divisor, state.mutable_data_ptr<T>());
   return {value, gradient, state};

@@ -29,14 +29,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_as(Problem<T> problem, const Tensor& 
       if (problem.kept(i)) results[i].loss *= problem.weight_of(i);
   });
 
-  T* losses = loss.mutable_data_ptr<T>();
-  if (reduction == kNone) {
-    for (int64_t i = 0; i < problem.rows; ++i) losses[i] = results[i].loss;
-  } else {
-    double sum = 0;
-    for (const RowResult<T>& result : results) sum += result.loss;
-    losses[0] = static_cast<T>(sum / divisor);
-  }
+  write_losses(results, reduction, divisor, loss.mutable_data_ptr<T>());
   const bool want_state = want_stats || !want_gradient;
   Tensor state = new_tensor(logits, {want_state ? int64_t{kStateSize} : 0}, kType<T>);
   if (want_state) write_state(problem, results, counts.kept, divisor, state.mutable_data_ptr<T>());

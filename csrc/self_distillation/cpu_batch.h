@@ -5,8 +5,6 @@
 
 namespace sdfast::self_distillation {
 
-using OptionalTensor = std::optional<Tensor>;
-
 // The batch's accuracy must be known before the first gradient: finds every row's peak, kept for the second pass.
 template <class T>
 T adaptive_batch_alpha(const Problem<T>& problem, T ratio, int64_t kept, std::vector<Peak<T>>& peaks) {
@@ -101,8 +99,17 @@ Problem<T> make_problem(const Tensor& logits, const Tensor& labels, const Option
   return problem;
 }
 
+// The rows' losses, or their sum over the divisor.
 template <class T>
-constexpr ScalarType kType = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
+void write_losses(const std::vector<RowResult<T>>& results, int64_t reduction, T divisor, T* losses) {
+  if (reduction == kNone) {
+    for (const RowResult<T>& result : results) *losses++ = result.loss;
+    return;
+  }
+  double sum = 0;
+  for (const RowResult<T>& result : results) sum += result.loss;
+  *losses = static_cast<T>(sum / divisor);
+}
 
 // What the backward and the statistics need, from the rows' own results.
 template <class T>

@@ -8,8 +8,6 @@
 
 namespace sdfast::self_distillation {
 
-using OptionalTensor = std::optional<Tensor>;
-
 constexpr int kRowThreads = 256;             // of a block that takes several rows
 constexpr int kCountBlocks = 256;            // at most, of the launch that counts a large batch
 constexpr int64_t kOneBlockEntries = 16384;  // a batch no larger is one block's work, and then one launch's
@@ -153,9 +151,6 @@ __device__ void end_batch(const Problem<In>& problem, const Batch<T>& batch, con
 }
 
 // ---- For the launchers. ----
-
-template <class T>
-constexpr ScalarType kType = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
 
 // Threads for a row of `pieces`: some four pieces each within a warp, then up to eight, then more warps.
 inline int team_size_for(int64_t pieces) {

@@ -41,7 +41,7 @@ def dataframe(path: "DistillationPath") -> Any:
 def plot(path: "DistillationPath") -> Any:
     """Bars of B_t for some rounds, then curves over all of them."""
     path.check_has_fits()
-    figure = _new_figure(12.5, 7.2)
+    figure = plots.new_figure(12.5, 7.2)
     figure.subplots_adjust(left=0.06, right=0.985, top=0.93, bottom=0.08, wspace=0.28, hspace=0.42)
     grid = figure.add_gridspec(2, 4)
     _bars(figure.add_subplot(grid[0, :]), path)
@@ -84,7 +84,7 @@ def prediction(scores: Any, errors: Any, chosen: int, measured: Any, name: str, 
     Returns:
         A matplotlib figure.
     """
-    figure = _new_figure(10, 4.2)
+    figure = plots.new_figure(10, 4.2)
     figure.subplots_adjust(left=0.07, right=0.98, top=0.76, bottom=0.13, wspace=0.2)
     peak = int(np.argmax(measured))
     what = "first help, then hurt" if 0 < peak < len(measured) - 1 else "only help" if peak else "only hurt here"
@@ -105,14 +105,6 @@ def prediction(scores: Any, errors: Any, chosen: int, measured: Any, name: str, 
         color=plots.VERMILLION, fontsize=9,
     )  # fmt: skip
     return figure
-
-
-def _new_figure(width: float, height: float) -> Any:
-    if (reason := plots.why_not()) is not None:
-        raise ModuleNotFoundError(reason)
-    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
-
-    return Figure(figsize=(width, height), facecolor="white")
 
 
 def _style(axes: Any, title: str, below: str) -> None:

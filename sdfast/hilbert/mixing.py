@@ -206,7 +206,10 @@ def noise_variance(gram: Any, y: Any) -> float:
     Returns:
         ‖(I − S)y‖² / tr(I − S).
     """
-    problem = _problem(gram, y, 1.0)
+    return _variance(_problem(gram, y, 1.0))
+
+
+def _variance(problem: _Problem) -> float:
     xp = _arrays.namespace(problem.rotated)
     _, residual, freedom = selection.ridge_of_least_gcv(problem.spectrum.values, xp.sum(problem.rotated**2, axis=1))
     return residual / freedom
@@ -242,7 +245,7 @@ def optimal_rounds(
     rounds = _arrays.check_count("rounds", rounds)
     problem = _problem(gram, y, ridge)
     if criterion == "cp" and variance is None:
-        variance = noise_variance(problem.spectrum, y)
+        variance = _variance(problem)
     xp, points = _arrays.namespace(problem.rotated), problem.points
     left = 1 - problem.smoother[:, None] * _powers(problem.smoother, rounds)  # 1 − Sʲ, (K, rounds)
     freedom = xp.mean(left, axis=0)

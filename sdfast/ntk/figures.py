@@ -20,7 +20,7 @@ def spectrum(values: Tensor, title: str) -> Any:
     Returns:
         A matplotlib figure.
     """
-    figure = _new_figure(11, 4.2)
+    figure = plots.new_figure(11, 4.2)
     figure.subplots_adjust(left=0.075, right=0.985, top=0.8, bottom=0.13, wspace=0.2)
     figure.text(0.012, 0.93, title, fontsize=13, fontweight="bold", color="#202124")
     left, right = figure.subplots(1, 2)
@@ -50,7 +50,7 @@ def heat_map(gram: Tensor, labels: Tensor | None, title: str) -> Any:
     order = order[:: -(-len(order) // LARGEST)]
     scale = gram.diagonal().clamp(min=0).sqrt()
     cosines = (gram / torch.outer(scale, scale)).nan_to_num(0)[order][:, order]
-    figure = _new_figure(6.4, 6)
+    figure = plots.new_figure(6.4, 6)
     figure.subplots_adjust(left=0.07, right=0.93, top=0.88, bottom=0.06)
     figure.text(0.02, 0.95, title, fontsize=13, fontweight="bold", color="#202124")
     axes = figure.add_subplot()
@@ -64,14 +64,6 @@ def heat_map(gram: Tensor, labels: Tensor | None, title: str) -> Any:
             names([str(label) for label in classes.tolist()])
     axes.tick_params(colors=plots.GREY, length=0)
     return figure
-
-
-def _new_figure(width: float, height: float) -> Any:
-    if (reason := plots.why_not()) is not None:
-        raise ModuleNotFoundError(reason)
-    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
-
-    return Figure(figsize=(width, height), facecolor="white")
 
 
 def _style(axes: Any, title: str, below: str) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sdfast import _native
+from sdfast.ntk.unchanged import full_precision
 
 _ROWS = 1024  # looked at together where no native kernel does it, so that no second matrix is made
 
@@ -42,15 +43,9 @@ def multiply(matrix: Tensor, columns: Tensor) -> Tensor:
 
 
 def _multiply_exactly(matrix: Tensor, columns: Tensor) -> Tensor:
-    """A GPU multiplies float32 in full, whatever the user allows to the rest of the program."""
-    if matrix.device.type != "cuda":
+    """Float32 in full, whatever the user allows to the rest of the program."""
+    with full_precision():
         return matrix @ columns
-    allowed = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    try:
-        return matrix @ columns
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = allowed
 
 
 def symmetry(matrix: Tensor) -> tuple[float, float]:

@@ -117,7 +117,7 @@ class TeacherRows(NamedTuple):
 def teacher_rows(teacher: Teacher, teacher_temperature: float | None, logits: Tensor) -> TeacherRows:
     """The teacher as rows beside the logits; its gradient is never taken."""
     if isinstance(teacher, Tensor):
-        return TeacherRows(TEACHER_FORMS["logits"], _rows("teacher_logits", teacher, logits))
+        return TeacherRows(TEACHER_FORMS["logits"], _checks.rows_beside("teacher_logits", teacher, logits))
     if not isinstance(teacher, (LogProbabilities, TopK)):
         wanted = "a tensor of logits, sdfast.LogProbabilities or sdfast.TopK"
         raise TypeError(f"teacher_logits: got {type(teacher).__name__}, wanted {wanted}")
@@ -127,18 +127,8 @@ def teacher_rows(teacher: Teacher, teacher_temperature: float | None, logits: Te
             "are taken as they are"
         )
     if isinstance(teacher, LogProbabilities):
-        return TeacherRows(TEACHER_FORMS["log_probabilities"], _rows("values", teacher.values, logits))
+        return TeacherRows(TEACHER_FORMS["log_probabilities"], _checks.rows_beside("values", teacher.values, logits))
     return _top_k_rows(teacher, logits)
-
-
-def _rows(name: str, values: Tensor, logits: Tensor) -> Tensor:
-    _checks.check_floating(name, values)
-    if values.shape != logits.shape:
-        wanted = _checks.shape_text(logits)
-        raise ValueError(f"{name}: got shape {_checks.shape_text(values)}, wanted {wanted} as the logits")
-    if values.device != logits.device:
-        raise ValueError(f"{name}: is on {values.device}, wanted {logits.device} as the logits")
-    return values.detach().reshape(-1, logits.shape[-1])
 
 
 def _top_k_rows(teacher: TopK, logits: Tensor) -> TeacherRows:
@@ -181,14 +171,14 @@ def check_values(labels: Tensor | None, alpha: Tensor | None, teacher: TeacherRo
         return
     classes = flat.shape[-1]
     if labels is not None and labels.dim() == 1:
-        row = _first_row(((labels < 0) | (labels >= classes)) & (labels != ignore))
+        row = _checks.first_row(((labels < 0) | (labels >= classes)) & (labels != ignore))
         if row is not None:
             raise IndexError(
                 f"labels: row {row} is {int(labels[row])}, wanted 0 <= label < {classes} or ignore_index={ignore}"
             )
     if alpha is not None:
         alphas = alpha.reshape(-1)
-        row = _first_row(~((alphas >= 0) & (alphas <= 1)))
+        row = _checks.first_row(~((alphas >= 0) & (alphas <= 1)))
         if row is not None:
             raise ValueError(f"alpha: row {row} is {float(alphas[row]):g}, wanted within [0, 1]")
     if teacher.indices is not None and teacher.tail is not None:
@@ -200,19 +190,15 @@ def check_values(labels: Tensor | None, alpha: Tensor | None, teacher: TeacherRo
 
 def _check_top_k_values(indices: Tensor, tail: Tensor, kept: Tensor, classes: int) -> None:
     bad = ((indices < 0) | (indices >= classes)) & kept[:, None]
-    row = _first_row(bad.any(-1))
+    row = _checks.first_row(bad.any(-1))
     if row is not None:
         index = int(indices[row][bad[row]][0])
         raise IndexError(f"indices: row {row} lists {index}, wanted 0 <= index < {classes}")
     ordered = indices.sort(-1).values
     repeated = (ordered[:, 1:] == ordered[:, :-1]) & kept[:, None]
-    row = _first_row(repeated.any(-1))
+    row = _checks.first_row(repeated.any(-1))
     if row is not None:
         raise ValueError(f"indices: row {row} lists {int(ordered[row, 1:][repeated[row]][0])} twice")
-    row = _first_row(~((tail >= 0) & (tail <= 1)) & kept)
+    row = _checks.first_row(~((tail >= 0) & (tail <= 1)) & kept)
     if row is not None:
         raise ValueError(f"tail_mass: row {row} is {float(tail[row]):g}, wanted within [0, 1]")
-
-
-def _first_row(bad: Tensor) -> int | None:
-    return int(bad.nonzero()[0]) if bad.any() else None

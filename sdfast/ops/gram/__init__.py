@@ -116,7 +116,7 @@ def add_hadamard_gram(
 
 def _check_total(total: Tensor, precision: str) -> None:
     _checks.check_option("precision", precision, PRECISIONS)
-    _check_real("total", total)
+    _checks.check_full_precision("total", total)
     if total.dim() != 2:
         raise ValueError(f"total: got shape {_checks.shape_text(total)}, wanted (rows, columns)")
     if total.requires_grad:
@@ -128,14 +128,8 @@ def _check_total(total: Tensor, precision: str) -> None:
         raise TypeError(f"total: got {_checks.dtype_name(total)}, wanted float64 for precision='float64'")
 
 
-def _check_real(name: str, value: Tensor) -> None:
-    _checks.check_floating(name, value)
-    if value.element_size() < 4:
-        raise TypeError(f"{name}: got {_checks.dtype_name(value)}, wanted float32 or float64")
-
-
 def _check_side(name: str, side: Tensor, rows: int, total: Tensor) -> None:
-    _check_real(name, side)
+    _checks.check_full_precision(name, side)
     if side.device != total.device:
         raise ValueError(f"{name}: is on {side.device}, wanted {total.device} as total")
     if side.dim() != 2 or side.shape[0] != rows:

@@ -36,9 +36,8 @@ def check_all_labels(bank: "PredictionBank", labels: Tensor) -> Tensor:
     if tuple(labels.shape) != (bank.num_samples,):
         raise ValueError(f"labels: got shape {_checks.shape_text(labels)}, wanted ({bank.num_samples},), one a sample")
     labels = labels.to(bank.seen.device, torch.int64)
-    bad = (labels < 0) | (labels >= bank.num_classes)
-    if bad.any():
-        row = int(bad.nonzero()[0])
+    row = _checks.first_row((labels < 0) | (labels >= bank.num_classes))
+    if row is not None:
         raise IndexError(f"labels: row {row} is {int(labels[row])}, wanted 0 <= label < {bank.num_classes}")
     return labels
 

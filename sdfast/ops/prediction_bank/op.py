@@ -8,6 +8,7 @@ that it has written: compiled code may not change a tensor within a Function.
 import torch
 from torch import Tensor
 
+from sdfast import _checks
 from sdfast.ops.prediction_bank.bank import BankRows
 from sdfast.ops.prediction_bank.description import BankDescription
 from sdfast.ops.prediction_bank.reference import prediction_bank_reference
@@ -148,9 +149,8 @@ def check_indices(
     if indices.device.type != "cpu" or torch.compiler.is_compiling():
         return
     kept = labels != description.ignore_index if labels.dim() == 1 else torch.ones_like(indices, dtype=torch.bool)
-    bad = ((indices < 0) | (indices >= samples)) & kept
-    if bad.any():
-        row = int(bad.nonzero()[0])
+    row = _checks.first_row(((indices < 0) | (indices >= samples)) & kept)
+    if row is not None:
         raise IndexError(f"indices: row {row} is {int(indices[row])}, wanted 0 <= index < {samples}")
     if bank.unique:
         first: dict[int, int] = {}

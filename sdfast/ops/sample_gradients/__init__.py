@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from sdfast import _dispatch
-from sdfast.ops.sample_gradients.geometry import UNSERVED, Size, canonical, check_pair, geometry_of, rows_for
+from sdfast.ops.sample_gradients.geometry import UNSERVED, Size, canonical, check_pair, geometry_of, placed, rows_for
 from sdfast.ops.sample_gradients.normalization import channel_sample_gradients, position_sample_gradients
 from sdfast.ops.sample_gradients.op import OPERATIONS
 from sdfast.ops.sample_gradients.reference import convolution_reference
@@ -66,7 +66,4 @@ def convolution_sample_gradients(
     if chosen != "reference":
         OPERATIONS[chosen].convolution(image, given, rows, *geometry[:4], groups, accumulate)
         return rows
-    result = convolution_reference(image, given, geometry)
-    if out is None:
-        return result
-    return rows.add_(result) if accumulate else rows.copy_(result)
+    return placed(None if out is None else rows, convolution_reference(image, given, geometry), accumulate)

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from sdfast import _checks
@@ -100,7 +101,7 @@ def canonical(name: str, value: Tensor, dimensions: int) -> Tensor:
         TypeError: Its dtype is neither float32 nor float64.
         ValueError: It has another number of axes.
     """
-    check_full_precision(name, value)
+    _checks.check_full_precision(name, value)
     if value.dim() not in (dimensions + 2, dimensions + 3):
         raise ValueError(
             f"{name}: got shape {_checks.shape_text(value)}, wanted (samples, channels, *space) or (samples, rows, "
@@ -112,13 +113,6 @@ def canonical(name: str, value: Tensor, dimensions: int) -> Tensor:
     for _ in range(3 - dimensions):
         value = value.unsqueeze(3)
     return value
-
-
-def check_full_precision(name: str, value: Tensor) -> None:
-    """Refuses what is not a float32 or float64 tensor: gradients are taken in full precision."""
-    _checks.check_floating(name, value)
-    if value.element_size() < 4:
-        raise TypeError(f"{name}: got {_checks.dtype_name(value)}, wanted float32 or float64")
 
 
 def check_like(name: str, value: Tensor, gradient: Tensor) -> None:
@@ -210,3 +204,11 @@ def rows_for(name: str, out: Tensor | None, accumulate: bool, samples: int, widt
     if out.requires_grad:
         raise ValueError(f"{name}: requires grad, but it is written in place; pass {name}.detach()")
     return out
+
+
+def placed(out: Tensor | None, result: Tensor, accumulate: bool) -> Tensor:
+    """The result, or `out` with it written or added."""
+    if out is None:
+        return result
+    with torch.no_grad():
+        return out.add_(result) if accumulate else out.copy_(result)

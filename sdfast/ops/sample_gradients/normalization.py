@@ -1,10 +1,9 @@
 """Gradients per sample of scale and shift: of channels with given statistics, and of positions with their own."""
 
-import torch
 from torch import Tensor
 
 from sdfast import _checks, _dispatch
-from sdfast.ops.sample_gradients.geometry import UNSERVED, check_full_precision, check_like, rows_for
+from sdfast.ops.sample_gradients.geometry import UNSERVED, check_like, placed, rows_for
 from sdfast.ops.sample_gradients.op import OPERATIONS
 from sdfast.ops.sample_gradients.reference import channels_reference, positions_reference
 
@@ -44,7 +43,7 @@ def channel_sample_gradients(
         ValueError: Shapes, strides or devices do not fit; the message names the argument.
         NotImplementedError: The backend asked for cannot serve the call; the message says why.
     """
-    check_full_precision("gradient", gradient)
+    _checks.check_full_precision("gradient", gradient)
     if gradient.dim() < 3:
         raise ValueError(
             f"gradient: got shape {_checks.shape_text(gradient)}, wanted (samples, rows, channels, *space)"
@@ -66,8 +65,8 @@ def channel_sample_gradients(
         OPERATIONS[chosen].channels(*flat, *statistics, weight, bias, accumulate)
         return weight, bias
     results = channels_reference(flat[0], flat[1], *statistics)  # type: ignore[arg-type]
-    weight = None if results[0] is None else _placed(weight_out, results[0], accumulate)
-    return weight, _placed(bias_out, results[1], accumulate)
+    weight = None if results[0] is None else placed(weight_out, results[0], accumulate)
+    return weight, placed(bias_out, results[1], accumulate)
 
 
 def position_sample_gradients(
@@ -104,7 +103,7 @@ def position_sample_gradients(
         ValueError: Shapes, strides or devices do not fit; the message names the argument.
         NotImplementedError: The backend asked for cannot serve the call; the message says why.
     """
-    check_full_precision("gradient", gradient)
+    _checks.check_full_precision("gradient", gradient)
     if gradient.dim() < 2:
         raise ValueError(f"gradient: got shape {_checks.shape_text(gradient)}, wanted (samples, *positions, channels)")
     check_like("input", input, gradient)
@@ -122,7 +121,7 @@ def position_sample_gradients(
         OPERATIONS[chosen].positions(flat[0], flat[1], centered, float(eps), weight, bias, accumulate)
         return weight, bias
     results = positions_reference(flat[0], flat[1], centered, float(eps))
-    return _placed(weight_out, results[0], accumulate), _placed(bias_out, results[1], accumulate)
+    return placed(weight_out, results[0], accumulate), placed(bias_out, results[1], accumulate)
 
 
 def _statistics(name: str, value: Tensor | None, gradient: Tensor) -> Tensor | None:
@@ -142,10 +141,3 @@ def _statistics(name: str, value: Tensor | None, gradient: Tensor) -> Tensor | N
             f"{name}: got shape {_checks.shape_text(value)}, wanted one that broadcasts to {tuple(shape)} (samples, "
             "rows, channels)"
         ) from error
-
-
-def _placed(out: Tensor | None, result: Tensor, accumulate: bool) -> Tensor:
-    if out is None:
-        return result
-    with torch.no_grad():
-        return out.add_(result) if accumulate else out.copy_(result)

@@ -248,13 +248,7 @@ def source_rows(source: Tensor | ClassPrior | BankRows, logits: Tensor, label_fn
         if label_fn != "softmax":
             raise ValueError(f"label_fn: got {label_fn!r}, but a ClassPrior is a distribution and wants 'softmax'")
         source = source.logits(logits)
-    _checks.check_floating("source", source)
-    if source.shape != logits.shape:
-        wanted = _checks.shape_text(logits)
-        raise ValueError(f"source: got shape {_checks.shape_text(source)}, wanted {wanted} as the logits")
-    if source.device != logits.device:
-        raise ValueError(f"source: is on {source.device}, wanted {logits.device} as the logits")
-    return source.detach().reshape(-1, logits.shape[-1])
+    return _checks.rows_beside("source", source, logits)
 
 
 def is_no_op(label_fn: str | ClipLabel, temperature: float, loss: str, class_weight: Tensor | None) -> bool:
@@ -286,17 +280,15 @@ def check_values(labels: Tensor, alpha: Tensor | None, flat: Tensor, loss: str, 
         return
     classes = flat.shape[-1]
     if labels.dim() == 1:
-        bad = ((labels < 0) | (labels >= classes)) & (labels != ignore_index)
-        if bad.any():
-            row = int(bad.nonzero()[0])
+        row = _checks.first_row(((labels < 0) | (labels >= classes)) & (labels != ignore_index))
+        if row is not None:
             raise IndexError(
                 f"labels: row {row} is {int(labels[row])}, wanted 0 <= label < {classes} or ignore_index={ignore_index}"
                 + (" (targets of a one-column regression are floats)" if classes == 1 else "")
             )
     if alpha is not None:
         alphas = alpha.reshape(-1)
-        bad = alphas.isnan() if loss == "mse" else ~((alphas >= 0) & (alphas <= 1))
-        if bad.any():
-            row = int(bad.nonzero()[0])
+        row = _checks.first_row(alphas.isnan() if loss == "mse" else ~((alphas >= 0) & (alphas <= 1)))
+        if row is not None:
             wanted = "a number" if loss == "mse" else "within [0, 1] for a probability target"
             raise ValueError(f"alpha: row {row} is {float(alphas[row]):g}, wanted {wanted}")
