@@ -97,6 +97,21 @@ def first_row(bad: Tensor) -> int | None:
     return int(bad.nonzero()[0]) if bad.any() else None
 
 
+def indices_beside_rows(logits: Tensor, labels: Tensor) -> bool:
+    """Whether these are floating (N, C) logits with (N,) int64 labels on one device: nothing needs converting."""
+    if not isinstance(logits, Tensor) or not isinstance(labels, Tensor) or labels.dtype is not torch.int64:
+        return False
+    shape = logits.shape
+    return (
+        len(shape) == 2
+        and shape[:1] == labels.shape
+        and shape[1] > 1
+        and logits.dtype in FLOATING
+        and labels.device == logits.device
+        and logits.layout is torch.strided
+    )
+
+
 def check_labels(logits: Tensor, labels: Tensor, regression: bool) -> Tensor:
     """Labels as (N,) int64 or (N, C) floats for logits (..., C).
 

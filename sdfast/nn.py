@@ -1,10 +1,10 @@
 """The losses as modules, which only forward to the functions of the same name."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sdfast import _checks, _dispatch
-from sdfast.nn_teachers import DistillationLoss, LinearDistillationLoss, LinearSelfDistillationLoss
+from sdfast import _checks
+from sdfast.nn_teachers import DistillationLoss, LinearDistillationLoss, LinearSelfDistillationLoss, LossModule
 from sdfast.ops.prediction_bank import BankRows, PredictionBank, elr_loss
 from sdfast.ops.self_distillation import (
     AdaptiveAlpha,
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 
-class SelfDistillationLoss(nn.Module):
+class SelfDistillationLoss(LossModule):
     """`sdfast.self_distillation_loss` with its options in the constructor.
 
     Options that do not exist or do not go together are refused here already, not at the first batch.
@@ -51,7 +51,12 @@ class SelfDistillationLoss(nn.Module):
         ValueError: An option does not exist, or does not go with the others; the message names it.
     """
 
+    _names = (
+        "label_fn", "temperature", "mixing", "target_temperature", "loss", "ignore_index", "label_smoothing",
+        "row_weight", "reduction", "return_stats", "backend",
+    )  # fmt: skip
     class_weight: Tensor | None
+    ignore_index: int
 
     def __init__(
         self,
@@ -71,15 +76,8 @@ class SelfDistillationLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        if backend is not None:
-            _checks.check_option("backend", backend, _dispatch.BACKENDS)
-        if isinstance(alpha, Tensor):
-            if alpha.dim() != 0:
-                shape = _checks.shape_text(alpha)
-                raise ValueError(f"alpha: got shape {shape}, wanted () here; pass one a row at the call")
-            self.register_buffer("alpha", alpha)
-        else:
-            self.alpha = alpha
+        self._keep(locals())
+        self._keep_alpha(alpha)
         if class_weight is not None:
             _checks.check_floating("class_weight", class_weight)
             if class_weight.dim() != 1:
@@ -87,17 +85,6 @@ class SelfDistillationLoss(nn.Module):
         self.register_buffer("class_weight", class_weight)
         if isinstance(row_weight, Tensor):
             raise ValueError("row_weight: got a tensor, wanted a rule here; pass one a row at the call")
-        self.row_weight = row_weight
-        self.label_fn = label_fn
-        self.temperature = temperature
-        self.mixing = mixing
-        self.target_temperature = target_temperature
-        self.loss = loss
-        self.ignore_index = ignore_index
-        self.label_smoothing = label_smoothing
-        self.reduction = reduction
-        self.return_stats = return_stats
-        self.backend = backend
         self._refuse_impossible_options()
 
     def forward(
@@ -122,38 +109,13 @@ class SelfDistillationLoss(nn.Module):
         Returns:
             The loss, or (loss, stats) with `return_stats`.
         """
+        options = self._options()
+        if row_weight is not None:
+            options["row_weight"] = row_weight
         return self_distillation_loss(
-            logits,
-            labels,
-            self.alpha if alpha is None else alpha,
-            source=source,
-            class_weight=self.class_weight,
-            row_weight=self.row_weight if row_weight is None else row_weight,
-            return_stats=self.return_stats,
-            backend=self.backend,
-            **self._options(),
-        )
-
-    def extra_repr(self) -> str:
-        """The options that differ from the function's defaults."""
-        defaults = SelfDistillationLoss.__init__.__kwdefaults__ or {}
-        values = {
-            **self._options(),
-            "row_weight": self.row_weight,
-            "return_stats": self.return_stats,
-            "backend": self.backend,
-        }
-        shown = [f"alpha={self.alpha!r}"] + [f"{k}={v!r}" for k, v in values.items() if v != defaults[k]]
-        if self.class_weight is not None:
-            shown.append(f"class_weight={_checks.shape_text(self.class_weight)}")
-        return ", ".join(shown)
-
-    def _options(self) -> dict:
-        names = (
-            "label_fn", "temperature", "mixing", "target_temperature", "loss", "ignore_index", "label_smoothing",
-            "reduction",
+            logits, labels, self.alpha if alpha is None else alpha, source=source, class_weight=self.class_weight,
+            **options,
         )  # fmt: skip
-        return {name: getattr(self, name) for name in names}
 
     def _refuse_impossible_options(self) -> None:
         classes = 2 if self.class_weight is None else len(self.class_weight)
@@ -168,15 +130,14 @@ class SelfDistillationLoss(nn.Module):
         given = torch.zeros(1, dtype=torch.int64, device=device)
         if self.mixing == "geometric" and self.row_weight is None:
             given = torch.full((1, classes), 1 / classes, device=device)
-        rule = None if isinstance(self.row_weight, SmallLoss) else self.row_weight
+        options = {**self._options(), "return_stats": False, "backend": "reference"}
+        if isinstance(self.row_weight, SmallLoss):
+            options["row_weight"] = None
         # With a source: whether calls will bring one is not known yet, so none is warned that it lacks it.
-        self_distillation_loss(
-            logits, given, alpha, source=logits, class_weight=self.class_weight, row_weight=rule, backend="reference",
-            **self._options(),
-        )  # fmt: skip
+        self_distillation_loss(logits, given, alpha, source=logits, class_weight=self.class_weight, **options)
 
 
-class ELRLoss(nn.Module):
+class ELRLoss(LossModule):
     """`sdfast.elr_loss` with its bank and options in the constructor.
 
     Options that do not exist or do not go together are refused here already, not at the first batch. The bank is a
@@ -197,6 +158,7 @@ class ELRLoss(nn.Module):
         ValueError: An option does not exist, or does not go with the others; the message names it.
     """
 
+    _names = ("strength", "clamp", "ignore_index", "label_smoothing", "reduction", "backend")
     class_weight: Tensor | None
 
     def __init__(
@@ -214,16 +176,9 @@ class ELRLoss(nn.Module):
         super().__init__()
         if not isinstance(bank, PredictionBank):
             raise TypeError(f"bank: got {type(bank).__name__}, wanted a sdfast.PredictionBank")
-        if backend is not None:
-            _checks.check_option("backend", backend, _dispatch.BACKENDS)
+        self._keep(locals())
         self.bank = bank
         self.register_buffer("class_weight", class_weight)
-        self.strength = strength
-        self.clamp = clamp
-        self.ignore_index = ignore_index
-        self.label_smoothing = label_smoothing
-        self.reduction = reduction
-        self.backend = backend
         device = bank.seen.device
         weight = None if class_weight is None else class_weight.to(device)
         logits, label = (
@@ -231,7 +186,8 @@ class ELRLoss(nn.Module):
             torch.zeros(1, dtype=torch.int64, device=device),
         )
         with torch.no_grad():  # the bank is only read
-            elr_loss(logits, label, bank.rows(label), class_weight=weight, backend="reference", **self._options())
+            options = {**self._options(), "backend": "reference"}
+            elr_loss(logits, label, bank.rows(label), class_weight=weight, **options)
 
     def forward(self, logits: Tensor, labels: Tensor, indices: Tensor, *, row_weight: Tensor | None = None) -> Tensor:
         """The loss of the logits, whose predictions go into the bank.
@@ -246,19 +202,6 @@ class ELRLoss(nn.Module):
             The loss.
         """
         return elr_loss(
-            logits,
-            labels,
-            self.bank.rows(indices),
-            class_weight=self.class_weight,
-            row_weight=row_weight,
-            backend=self.backend,
+            logits, labels, self.bank.rows(indices), class_weight=self.class_weight, row_weight=row_weight,
             **self._options(),
-        )
-
-    def extra_repr(self) -> str:
-        """The options."""
-        return ", ".join(f"{name}={value!r}" for name, value in self._options().items())
-
-    def _options(self) -> dict:
-        names = ("strength", "clamp", "ignore_index", "label_smoothing", "reduction")
-        return {name: getattr(self, name) for name in names}
+        )  # fmt: skip

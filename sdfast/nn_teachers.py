@@ -14,7 +14,7 @@ from sdfast.ops.linear_self_distillation import linear_self_distillation_loss
 from sdfast.ops.self_distillation import AdaptiveAlpha, ClipLabel, LossStats
 
 
-class _Loss(nn.Module):
+class LossModule(nn.Module):
     """Keeps its options as attributes of their names, and shows those that differ from the defaults."""
 
     _names: ClassVar[tuple[str, ...]]
@@ -46,11 +46,13 @@ class _Loss(nn.Module):
     def extra_repr(self) -> str:
         """The options that differ from the constructor's defaults."""
         defaults = type(self).__init__.__kwdefaults__ or {}
-        shown = {"alpha": self.alpha, **self._options()}
-        return ", ".join(f"{k}={v!r}" for k, v in shown.items() if k not in defaults or v != defaults[k])
+        shown = {**({"alpha": self.alpha} if hasattr(self, "alpha") else {}), **self._options()}
+        texts = [f"{k}={v!r}" for k, v in shown.items() if k not in defaults or v != defaults[k]]
+        weight = getattr(self, "class_weight", None)
+        return ", ".join(texts + ([] if weight is None else [f"class_weight={_checks.shape_text(weight)}"]))
 
 
-class DistillationLoss(_Loss):
+class DistillationLoss(LossModule):
     """`sdfast.distillation_loss` with its options in the constructor, which refuses those that cannot be.
 
     Args:
@@ -124,7 +126,7 @@ class DistillationLoss(_Loss):
         )  # fmt: skip
 
 
-class LinearDistillationLoss(_Loss):
+class LinearDistillationLoss(LossModule):
     """`sdfast.linear_distillation_loss` with its options in the constructor, which refuses those that cannot be.
 
     Args:
@@ -203,7 +205,7 @@ class LinearDistillationLoss(_Loss):
         )  # fmt: skip
 
 
-class LinearSelfDistillationLoss(_Loss):
+class LinearSelfDistillationLoss(LossModule):
     """`sdfast.linear_self_distillation_loss` with its options in the constructor, which refuses those that cannot be.
 
     Args:

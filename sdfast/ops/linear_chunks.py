@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sdfast import _checks, _dispatch
-from sdfast.ops.self_distillation.description import accumulation_dtype
+from sdfast.ops.self_distillation.description import REDUCTIONS, accumulation_dtype
 
 WORKSPACE = 512 << 20  # bytes: the default of `workspace=`
 CPU_CHUNK = 512  # rows: enough for a CPU's matrix product, and a chunk's memory is what the whole loss costs
@@ -200,6 +200,34 @@ def row_factors(row_weight: Tensor | None, denominator: Tensor, rows: int) -> Te
     """(N,) factors that make a sum over rows the mean: row weights over the 0-d denominator."""
     share = (1 / denominator).expand(rows)
     return share.contiguous() if row_weight is None else row_weight * share
+
+
+def denominator(
+    labels: Tensor | None, class_weight: Tensor | None, reduction: int, ignore_index: int, like: Tensor
+) -> Tensor:
+    """What the mean over the rows of `like` divides by, 0-d on the device; 1 where none is kept or none is taken."""
+    one = like.new_ones((), dtype=accumulation_dtype(like.dtype))
+    if reduction != REDUCTIONS["mean"]:
+        return one
+    if labels is None:
+        return one * max(len(like), 1)
+    kept = labels != ignore_index
+    count = kept.sum()
+    weighed = count.to(one.dtype)
+    if class_weight is not None:
+        index = torch.where(kept, labels, 0).clamp(0, len(class_weight) - 1)
+        weighed = torch.where(kept, class_weight[index].to(one.dtype), 0).sum()
+    return torch.where(count == 0, one, weighed)
+
+
+def fake_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor, ...]:
+    """What stands for the gradients while nothing is computed; empty where not wanted."""
+    tensors = (hidden, weight, bias)
+    return tuple(
+        hidden.new_empty(t.shape if want and t is not None else (0,)) for t, want in zip(tensors, wanted, strict=True)
+    )
 
 
 def check_classifier(names: tuple[str, str, str], hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -234,7 +234,7 @@ def test_a_student_like_its_teacher_has_no_loss_and_no_gradient(backend, diverge
     """Exactly 0: both sides are computed by the same operations in the same order."""
     for dtype in DTYPES:
         for temperature in (1.0, 0.7, 4.0):
-            logits = (5 * torch.randn(3, classes)).to(dtype)
+            logits = (5 * torch.randn(1 if interpreted(backend) else 3, classes)).to(dtype)
             options = {"divergence": divergence, "temperature": temperature}
             loss, gradient = loss_and_gradient(backend, logits, logits.clone(), **options)
             assert loss == 0
@@ -258,12 +258,13 @@ def test_row_gradients_sum_to_zero(backend, divergence, form):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_alpha_one_is_the_plain_loss_bit_for_bit(backend, dtype, classes):
     """Loss and gradient of `self_distillation_loss` at α = 1, whatever the teacher: it is not looked at."""
-    logits = (3 * torch.randn(21, classes)).to(dtype)
-    labels = torch.randint(0, classes, (21,))
-    labels[3] = -100
-    teacher = torch.full((21, classes), torch.nan)
-    mixed = torch.where(torch.arange(21) % 2 == 0, 1.0, 0.5).to(torch.float64 if dtype == torch.float64 else None)
-    for soft in (labels, torch.rand(21, classes).softmax(-1)):
+    rows = 3 if interpreted(backend) and classes > 1000 else 21  # there each is a program of its own
+    logits = (3 * torch.randn(rows, classes)).to(dtype)
+    labels = torch.randint(0, classes, (rows,))
+    labels[rows // 7] = -100
+    teacher = torch.full((rows, classes), torch.nan)
+    mixed = torch.where(torch.arange(rows) % 2 == 0, 1.0, 0.5).to(torch.float64 if dtype == torch.float64 else None)
+    for soft in (labels, torch.rand(rows, classes).softmax(-1)):
         for smoothing in (0.0, 0.1):
             x = logits.clone().requires_grad_()
             plain = sdfast.self_distillation_loss(
@@ -274,9 +275,9 @@ def test_alpha_one_is_the_plain_loss_bit_for_bit(backend, dtype, classes):
                 loss, gradient = loss_and_gradient(
                     backend, logits, teacher, soft, alpha=alpha, label_smoothing=smoothing, reduction="none"
                 )
-                rows = slice(None, None, 2) if alpha is mixed else slice(None)
-                assert torch.equal(loss[rows], plain[rows].detach())
-                assert torch.equal(gradient[rows], wanted[rows])
+                same = slice(None, None, 2) if alpha is mixed else slice(None)
+                assert torch.equal(loss[same], plain[same].detach())
+                assert torch.equal(gradient[same], wanted[same])
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -431,7 +432,7 @@ def test_a_row_does_not_depend_on_its_batch_and_repeats_bit_for_bit(backend, cla
 
         loss, gradient = run(logits, teacher, labels)
         try:
-            for count in (1, 2, 5):
+            for count in (1,) if interpreted(backend) else (1, 2, 5):
                 torch.set_num_threads(count)
                 again = run(logits, teacher, labels)
                 assert torch.equal(again[0], loss)

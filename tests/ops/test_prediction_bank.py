@@ -184,7 +184,7 @@ def test_any_call_matches_the_reference(backend):
     @hypothesis.settings(max_examples=60 if backend == "triton" else 500, deadline=None, derandomize=False)
     @hypothesis.given(cases())
     def check(case):
-        hypothesis.assume(backend == "cpu" or case.bank.top_k is None)
+        hypothesis.assume(backend != "cuda" or case.bank.top_k is None)
         case.check(backend)
 
     check()
@@ -302,7 +302,7 @@ def test_duplicates_are_the_same_bits_on_any_number_of_threads(backend):
     first = fill(PredictionBank(90, 300, order="write_then_read"))
     threads, results = torch.get_num_threads(), []
     try:
-        for count in (1, 2, 5):
+        for count in (1,) if backend == "triton" and INTERPRETED else (1, 2, 5):
             torch.set_num_threads(count)
             for _ in range(3):
                 bank = copy.deepcopy(first)
@@ -423,10 +423,12 @@ def test_gradcheck(backend, reduction):
     bank = fill(PredictionBank(9, 5, dtype=torch.float64)).eval()
     logits, labels = torch.randn(3, 5, dtype=torch.float64).requires_grad_(), torch.tensor([3, 1, -100])
     indices = torch.tensor([2, 2, 5])
+    fast = backend == "triton" and INTERPRETED  # one random direction, not each entry
     for clamp in (0, 1e-4):
         assert torch.autograd.gradcheck(
             lambda x, c=clamp: elr_loss(x, labels, bank.rows(indices), clamp=c, reduction=reduction, backend=backend),
             logits,
+            fast_mode=fast,
         )
     for options in ({}, {"label_fn": "softmax", "temperature": 0.5, "loss": "brier"}, {"loss": "mse"}):
         assert torch.autograd.gradcheck(
@@ -434,6 +436,7 @@ def test_gradcheck(backend, reduction):
                 x, labels, 0.3, source=bank.rows(indices), reduction=reduction, backend=backend, **o
             ),
             logits,
+            fast_mode=fast,
         )
 
 

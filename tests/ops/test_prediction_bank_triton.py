@@ -19,7 +19,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 here = pytest.mark.skipif("triton" not in backends(), reason="runs in the process of test_all_in_the_interpreter")
 FILES = (
     "test_prediction_bank.py", "test_prediction_bank_contract.py", "test_prediction_bank_options.py",
-    "test_prediction_bank_triton.py",
+    "test_prediction_bank_compiled.py", "test_prediction_bank_numbers.py", "test_prediction_bank_triton.py",
 )  # fmt: skip
 
 
@@ -69,7 +69,17 @@ def test_a_forbidden_duplicate_poisons_all_but_the_last():
 
 
 @here
-def test_top_k_is_refused_in_a_sentence():
-    bank = PredictionBank(6, 5, top_k=2)
-    with pytest.raises(NotImplementedError, match=r"backend='triton': a bank with top_k is served on a CPU"):
-        elr_loss(torch.randn(2, 5), torch.tensor([0, 1]), bank.rows(torch.tensor([0, 1])), backend="triton")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("classes", "k"), [(5, 1), (5, 4), (40, 7), (9001, 3)])  # one tile, and several
+def test_the_largest_are_kept_and_of_equal_ones_the_first(classes, k, dtype):
+    logits = torch.randint(4, (6, classes)).to(dtype).requires_grad_()  # ties everywhere
+    indices, labels = torch.tensor([2, 0, 2, 3, 9, 2]), torch.tensor([0, 1, 2, 3, -100, 1])
+    banks = [PredictionBank(4, classes, 0.5, dtype=dtype, top_k=k) for _ in range(2)]
+    for visit in range(3):
+        for bank, backend in zip(banks, ("triton", "reference"), strict=True):
+            elr_loss(logits, labels, bank.rows(indices), backend=backend)
+        assert torch.equal(banks[0].seen, banks[1].seen)
+        torch.testing.assert_close(banks[0].predictions, banks[1].predictions)
+        if visit == 0:  # later what rounding makes of a tie decides
+            assert torch.equal(banks[0].classes, banks[1].classes)
+        torch.testing.assert_close(banks[0].predictions.sum(1)[[0, 2, 3]], torch.ones(3, dtype=dtype))

@@ -9,7 +9,7 @@ import triton.language as tl
 from sdfast.ops.distillation.description import REDUCTIONS
 from sdfast.ops.distillation.triton_steps import BUCKET, KL, LOGITS, hard_tile, soft_gradient, soft_tile, unlisted_mass
 from sdfast.ops.self_distillation.triton_batch import batch_denominator, finish_batch, row_alphas, store_partial
-from sdfast.ops.self_distillation.triton_steps import load_tile, row_statistics, store_gradient
+from sdfast.ops.self_distillation.triton_steps import index_labels, load_tile, row_statistics, store_gradient
 
 NONE = tl.constexpr(REDUCTIONS["none"])
 MEAN = tl.constexpr(REDUCTIONS["mean"])
@@ -74,10 +74,7 @@ def rows_kernel(
     if labels is not None:
         label_pointers = labels + row * label_row_stride
         if not SOFT_LABELS:
-            given = tl.load(label_pointers, mask=kept, other=0)
-            kept = kept & (given != ignore_index)
-            bad = kept & ((given < 0) | (given >= classes))
-            label = tl.where(kept & ~bad, given, 0).to(tl.int32)
+            kept, bad, label = index_labels(label_pointers, exists, classes, ignore_index)
 
     denominator = tl.full([1], 1.0, REAL)
     if BACKWARD:

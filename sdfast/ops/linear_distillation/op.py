@@ -16,6 +16,8 @@ from sdfast.ops.linear_chunks import (
     Classifier,
     Gradients,
     Plan,
+    denominator,
+    fake_gradients,
     row_factors,
     rows_of,
     sweep,
@@ -46,8 +48,7 @@ library.define(
 
 @torch.library.register_fake("sdfast::_linear_distillation_backward")
 def _fake_backward(backend, upstream, state, hidden, weight, bias, *rest):
-    tensors = (hidden, weight, bias)
-    return tuple(hidden.new_empty(t.shape if want else (0,)) for t, want in zip(tensors, rest[-3:], strict=True))
+    return fake_gradients(hidden, weight, bias, rest[-3:])
 
 
 @torch.library.register_fake("sdfast::_linear_distillation")
@@ -57,16 +58,6 @@ def _fake_forward(backend, hidden, weight, bias, *rest):
     value = hidden.new_empty(hidden.shape[:1] if reduction == REDUCTIONS["none"] else (), dtype=dtype)
     gradients = _fake_backward(backend, None, None, hidden, weight, bias, *rest)
     return (value, *gradients, hidden.new_empty((STATE_SIZE,), dtype=dtype))
-
-
-def _denominator(labels: Tensor | None, reduction: int, ignore_index: int, like: Tensor) -> Tensor:
-    """What the mean divides by, 0-d on the device; 1 where nothing is kept or nothing divided."""
-    one = like.new_ones((), dtype=accumulation_dtype(like.dtype))
-    if reduction != REDUCTIONS["mean"]:
-        return one
-    if labels is None:
-        return one * max(len(like), 1)
-    return (labels != ignore_index).sum().clamp(min=1).to(one.dtype)
 
 
 def _kernel(backend: str, which: str, part: Tensor) -> Callable:
@@ -88,14 +79,14 @@ def _forward(
     wanted = (want_hidden, want_weight, want_bias)
     form = TEACHER_FORMS["logits"]
     check_values(labels, alpha, TeacherRows(form, weight), weight.t(), ignore_index)  # of all rows: names the right one
-    denominator = _denominator(labels, reduction, ignore_index, hidden)
+    divisor = denominator(labels, None, reduction, ignore_index, hidden)
     if reduction == REDUCTIONS["mean"]:
-        row_weight = row_factors(row_weight, denominator, len(hidden))
+        row_weight = row_factors(row_weight, divisor, len(hidden))
     each = REDUCTIONS["none" if reduction == REDUCTIONS["none"] else "sum"]
     description = Description(
         alpha_value, temperature, teacher_temperature, divergence, form, each, ignore_index, label_smoothing
     )
-    value = denominator.new_zeros((len(hidden),) if each == REDUCTIONS["none"] else (), dtype=torch.float64)
+    value = divisor.new_zeros((len(hidden),) if each == REDUCTIONS["none"] else (), dtype=torch.float64)
     gradients = Gradients(student, wanted) if any(wanted) else None
 
     def of_block(rows, logits, teacher_logits):
@@ -108,9 +99,9 @@ def _forward(
         return gradient
 
     sweep([student, teacher], Plan(chunk, block, columns), of_block, gradients)
-    real = denominator.dtype
+    real = divisor.dtype
     made = Gradients(student, (False,) * 3) if gradients is None else gradients
-    return (value.to(real), *made.finished(), denominator.new_ones((STATE_SIZE,)))
+    return (value.to(real), *made.finished(), divisor.new_ones((STATE_SIZE,)))
 
 
 def _backward(
@@ -122,7 +113,7 @@ def _backward(
     teacher = Classifier(teacher_hidden, teacher_weight, teacher_bias).detached()
     gradients = Gradients(student, (want_hidden, want_weight, want_bias))
     if reduction == REDUCTIONS["mean"]:
-        row_weight = row_factors(row_weight, _denominator(labels, reduction, ignore_index, hidden), len(hidden))
+        row_weight = row_factors(row_weight, denominator(labels, None, reduction, ignore_index, hidden), len(hidden))
     form, each = TEACHER_FORMS["logits"], REDUCTIONS["none"]
     description = Description(
         alpha_value, temperature, teacher_temperature, divergence, form, each, ignore_index, label_smoothing

@@ -15,6 +15,8 @@ from sdfast.ops.linear_chunks import (
     Classifier,
     Gradients,
     Plan,
+    denominator,
+    fake_gradients,
     row_factors,
     rows_of,
     sweep,
@@ -43,14 +45,6 @@ library.define(
 library.define(f"_linear_count_correct({_CLASSIFIER}, Tensor labels, int ignore_index, {_PLAN}) -> Tensor counts")
 
 
-def _fake_gradients(hidden, weight, bias, want_hidden, want_weight, want_bias):
-    return (
-        hidden.new_empty(hidden.shape if want_hidden else (0,)),
-        hidden.new_empty(weight.shape if want_weight else (0,)),
-        hidden.new_empty(bias.shape if want_bias else (0,)),
-    )
-
-
 @torch.library.register_fake("sdfast::_linear_self_distillation")
 def _fake_forward(
     backend, hidden, weight, bias, labels, alpha, class_weight, row_weight, alpha_value, label_fn, label_parameter,
@@ -59,32 +53,18 @@ def _fake_forward(
 ):  # fmt: skip
     dtype = accumulation_dtype(hidden.dtype)
     value = hidden.new_empty(hidden.shape[:1] if reduction == REDUCTIONS["none"] else (), dtype=dtype)
-    gradients = _fake_gradients(hidden, weight, bias, want_hidden, want_weight, want_bias)
+    gradients = fake_gradients(hidden, weight, bias, (want_hidden, want_weight, want_bias))
     return (value, *gradients, hidden.new_empty((STATE_SIZE,), dtype=dtype))
 
 
 @torch.library.register_fake("sdfast::_linear_self_distillation_backward")
 def _fake_backward(backend, upstream, state, hidden, weight, bias, *rest):
-    return _fake_gradients(hidden, weight, bias, *rest[-3:])
+    return fake_gradients(hidden, weight, bias, rest[-3:])
 
 
 @torch.library.register_fake("sdfast::_linear_count_correct")
 def _fake_count(hidden, *_):
     return hidden.new_empty((2,), dtype=accumulation_dtype(hidden.dtype))
-
-
-def _denominator(labels, class_weight, reduction, ignore_index, like):
-    """What the mean divides by, 0-d on the device; 1 where nothing is kept or nothing divided."""
-    one = like.new_ones((), dtype=accumulation_dtype(like.dtype))
-    if reduction != REDUCTIONS["mean"]:
-        return one
-    kept = labels != ignore_index
-    count = kept.sum()
-    weighed = count.to(one.dtype)
-    if class_weight is not None:
-        index = torch.where(kept, labels, 0).clamp(0, len(class_weight) - 1)
-        weighed = torch.where(kept, class_weight[index].to(one.dtype), 0).sum()
-    return torch.where(count == 0, one, weighed)
 
 
 def _kernel(backend: str, which: str, part: Tensor) -> Callable:
@@ -105,13 +85,13 @@ def _forward(
     wanted = (want_hidden, want_weight, want_bias)
     of_all = "mse" if loss == LOSSES["mse"] else "cross_entropy"
     arguments.check_values(labels, alpha, weight.t(), of_all, ignore_index)  # of all rows: the right one is named
-    denominator = _denominator(labels, class_weight, reduction, ignore_index, hidden)
+    divisor = denominator(labels, class_weight, reduction, ignore_index, hidden)
     if reduction == REDUCTIONS["mean"]:
-        row_weight = row_factors(row_weight, denominator, len(hidden))
+        row_weight = row_factors(row_weight, divisor, len(hidden))
     each = REDUCTIONS["none" if reduction == REDUCTIONS["none"] else "sum"]
     description = Description(alpha_value, False, label_fn, label_parameter, loss, each, ignore_index, label_smoothing)
-    value = denominator.new_zeros((len(hidden),) if each == REDUCTIONS["none"] else (), dtype=torch.float64)
-    statistics = denominator.new_zeros((STATE_SIZE,), dtype=torch.float64)
+    value = divisor.new_zeros((len(hidden),) if each == REDUCTIONS["none"] else (), dtype=torch.float64)
+    statistics = divisor.new_zeros((STATE_SIZE,), dtype=torch.float64)
     gradients = Gradients(classifier, wanted) if any(wanted) else None
 
     def of_block(rows, logits):
@@ -131,7 +111,7 @@ def _forward(
         if alpha is None or alpha.dim() == 0:
             statistics[0] = alpha_value if alpha is None else alpha
     statistics[1] = 1  # the row weights have divided already
-    real = denominator.dtype
+    real = divisor.dtype
     made = Gradients(classifier, (False,) * 3) if gradients is None else gradients
     return (value.to(real), *made.finished(), statistics.to(real))
 
@@ -144,8 +124,8 @@ def _backward(
     classifier = Classifier(hidden, weight, bias).detached()
     gradients = Gradients(classifier, (want_hidden, want_weight, want_bias))
     if reduction == REDUCTIONS["mean"]:
-        denominator = _denominator(labels, class_weight, reduction, ignore_index, hidden)
-        row_weight = row_factors(row_weight, denominator, len(hidden))
+        divisor = denominator(labels, class_weight, reduction, ignore_index, hidden)
+        row_weight = row_factors(row_weight, divisor, len(hidden))
     description = Description(
         alpha_value, False, label_fn, label_parameter, loss, REDUCTIONS["none"], ignore_index, label_smoothing
     )

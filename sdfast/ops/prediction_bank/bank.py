@@ -238,7 +238,8 @@ class PredictionBank(nn.Module):
 
     def storage(self) -> Storage:
         """The tensors that an operation reads and writes."""
-        return Storage(self.predictions, self.classes, self.seen, self._claims)
+        held: dict[str, Any] = self._buffers  # not by attribute: a module looks those up in three dictionaries
+        return Storage(held["predictions"], held["classes"], held["seen"], held["_claims"])
 
     def get_extra_state(self) -> dict:
         """The settings that the rows' meaning rests on."""
@@ -295,10 +296,14 @@ class BankRows:
         """(..., num_classes) rows as they lie in the bank now; a copy."""
         return self.bank.probabilities(self.indices)
 
+    def without_kernel(self, backend: str | None) -> tuple[str, ...]:
+        """Backends that ``backend=None`` passes over: CUDA has no kernel for rows of top-k."""
+        return ("cuda",) if backend is None and self.bank.top_k is not None else ()
+
     def describe(self, strength: float = 0.0, clamp: float = 0.0) -> BankDescription:
         """What a loss tells its operation of the bank, whether it is to write included."""
         bank = self.bank
-        update = bank.training and torch.is_grad_enabled() and not self.written and not _will_be_recomputed()
+        update = bank.training and torch.is_grad_enabled() and not self.written and not will_be_recomputed()
         return BankDescription(
             bank.momentum, bank.bias_correction, bank.order == "write_then_read", bank.warm_up, bank.unique, update,
             float(strength), float(clamp),
@@ -326,7 +331,7 @@ def check_rows(name: str, rows: object, logits: Tensor) -> None:
         )
 
 
-def _will_be_recomputed() -> bool:
+def will_be_recomputed() -> bool:
     """Whether this is the first pass of an activation checkpoint, which is thrown away: the recomputation writes.
 
     A checkpoint that is not reentrant runs this very code again in the backward, and both passes must read the same

@@ -63,8 +63,11 @@ def elr_loss(
         Liu, Niles-Weed, Razavian, Fernandez-Granda 2020, "Early-Learning Regularization Prevents Memorization of Noisy
         Labels", equation 6.
     """
-    _checks.check_logits(logits)
-    labels = _checks.check_labels(logits, labels, regression=False)
+    flat = logits
+    if not _checks.indices_beside_rows(logits, labels):
+        _checks.check_logits(logits)
+        labels = _checks.check_labels(logits, labels, regression=False)
+        flat = logits.reshape(-1, logits.shape[-1])
     arguments.check_options("cross_entropy", reduction, ignore_index, label_smoothing, class_weight, labels)
     check_rows("rows", rows, logits)
     if not _checks.is_number(strength) or not 0 <= strength <= _checks.LARGEST:
@@ -80,8 +83,7 @@ def elr_loss(
         1.0, False, LABEL_FUNCTIONS["hardmax"], 1.0, LOSSES["cross_entropy"], REDUCTIONS[reduction], ignore_index,
         label_smoothing,
     )  # fmt: skip
-    chosen = _dispatch.choose(backend, logits.device.type)
-    flat = logits.reshape(-1, logits.shape[-1])
+    chosen = _dispatch.choose(backend, logits.device.type, rows.without_kernel(backend))
     if chosen == "reference":
         arguments.check_values(labels, None, flat, "cross_entropy", ignore_index)
     value, _ = prediction_bank_loss(

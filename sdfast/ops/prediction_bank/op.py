@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sdfast import _checks
-from sdfast.ops.prediction_bank.bank import BankRows
+from sdfast.ops.prediction_bank.bank import BankRows, will_be_recomputed
 from sdfast.ops.prediction_bank.description import BankDescription
 from sdfast.ops.prediction_bank.reference import prediction_bank_reference
 from sdfast.ops.self_distillation.description import REDUCTIONS, STATE_SIZE, Description, accumulation_dtype
@@ -25,10 +25,18 @@ _SCHEMA = (
     "-> (Tensor loss, Tensor gradient, Tensor state)"
 )
 
+UPDATE = 25  # where that stands after the logits
+
 library = torch.library.Library("sdfast", "FRAGMENT")  # outlives the operations: they end with it
 
 
 def _fake(logits, *arguments):
+    # What such a compiler makes of it reads, in the backward, rows that the forward has written already.
+    if arguments[UPDATE] and "recompute" in torch.fx.traceback.current_meta:
+        raise NotImplementedError(
+            "rows: a PredictionBank is not written in an activation checkpoint that torch.compile compiles; put the "
+            "loss outside of the checkpoint, or the checkpoint outside of the compiled function"
+        )
     rows, classes = logits.shape
     reduction, want_gradient, late = arguments[14], arguments[28], arguments[29]
     dtype = accumulation_dtype(logits.dtype)
@@ -39,7 +47,7 @@ def _fake(logits, *arguments):
     )
 
 
-for _suffix in ("", "_triton"):
+for _suffix in ("", "_compiled", "_triton"):
     library.define(_SCHEMA.format(suffix=_suffix))
     torch.library.register_fake(f"sdfast::_prediction_bank{_suffix}", _fake)
 
@@ -47,13 +55,36 @@ for _suffix in ("", "_triton"):
 def _triton_forward(*arguments):
     from sdfast.ops.prediction_bank import triton_impl  # triton is imported by its first call, never before
 
-    return triton_impl.forward(*arguments)
+    return triton_impl.forward(*_without_update_if_recomputed(arguments))
+
+
+def _native_forward(*arguments):
+    return _NATIVE(*_without_update_if_recomputed(arguments))
+
+
+def _without_update_if_recomputed(arguments):
+    """What code that was compiled cannot know: whether a checkpoint around it will run it again."""
+    if arguments[1 + UPDATE] and will_be_recomputed():
+        return (*arguments[: 1 + UPDATE], False, *arguments[2 + UPDATE :])
+    return arguments
 
 
 for _key in ("CPU", "CUDA", "XPU"):  # CPU tensors: in Triton's interpreter
     library.impl("_prediction_bank_triton", _triton_forward, _key)
+for _key in ("CPU", "CUDA"):
+    library.impl("_prediction_bank_compiled", _native_forward, _key)
+
+# The same for the reference: a mask of all rows' writing.
+library.define("_bank_is_written(Tensor seen) -> Tensor")
+torch.library.register_fake("sdfast::_bank_is_written", lambda seen: seen.new_empty((), dtype=torch.bool))
+library.impl(
+    "_bank_is_written",
+    lambda seen: seen.new_full((), not will_be_recomputed(), dtype=torch.bool),
+    "CompositeExplicitAutograd",
+)
 
 _NATIVE = torch.ops.sdfast._prediction_bank.default
+_COMPILED = torch.ops.sdfast._prediction_bank_compiled.default
 _OPERATIONS = {"cpu": _NATIVE, "cuda": _NATIVE, "triton": torch.ops.sdfast._prediction_bank_triton.default}
 
 
@@ -105,12 +136,12 @@ def prediction_bank_loss(
 ) -> tuple[Tensor, Tensor]:
     """(loss, state) of the rows, the bank written where the handle says so."""
     bank = rows.describe(strength, clamp)
-    indices = rows.indices.reshape(-1).to(torch.int64).contiguous()
+    indices = rows.indices
+    if indices.dim() != 1 or indices.dtype is not torch.int64 or not indices.is_contiguous():
+        indices = indices.reshape(-1).to(torch.int64).contiguous()
     storage = rows.bank.storage()
-    if storage.sparse and backend in ("cuda", "triton"):
-        raise NotImplementedError(
-            f"backend={backend!r}: a bank with top_k is served on a CPU; on this device pass backend='reference'"
-        )
+    if storage.sparse and backend == "cuda":
+        raise NotImplementedError("backend='cuda': it has no kernel for a bank with top_k; leave backend=None")
     if backend == "reference":
         check_indices(indices, labels, description, bank, len(storage.seen))
         value, state = prediction_bank_reference(
@@ -131,7 +162,10 @@ def _native(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     wanted = logits.requires_grad and torch.is_grad_enabled()
     late = wanted and (description.reduction == REDUCTIONS["none"] or logits.dtype == torch.float16)
-    value, gradient, state = _OPERATIONS[backend](
+    operation = _OPERATIONS[backend]
+    if operation is _NATIVE and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        operation = _COMPILED
+    value, gradient, state = operation(
         logits.detach(), labels, alpha, indices, *storage, class_weight, row_weight, *description, *bank, wanted,
         late, want_stats,
     )  # fmt: skip

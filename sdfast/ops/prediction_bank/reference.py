@@ -49,6 +49,8 @@ def prediction_bank_reference(
     # Written before the loss: a checkpoint's recomputation stops at the last tensor that the loss saves.
     if bank.update:
         writes = ours & finite & ~wrong & (last[index] == place)
+        if torch.compiler.is_compiling():
+            writes = writes & torch.ops.sdfast._bank_is_written(storage.seen)
         _write(storage, index[writes], new[writes])
 
     a = _row_alphas(logits, labels, alpha, description)

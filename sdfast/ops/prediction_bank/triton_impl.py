@@ -39,8 +39,8 @@ def forward(
     labels: Tensor,  # (N,) int64, or (N, C)
     alpha: Tensor | None,  # () or (N,)
     indices: Tensor,  # (N,) int64
-    predictions: Tensor,  # (samples, C)
-    classes: Tensor,  # (0, 0)
+    predictions: Tensor,  # (samples, C), or (samples, k + 1)
+    classes: Tensor,  # (samples, k) int32; (0, 0) where the rows are dense
     seen: Tensor,  # (samples,) int32
     claims: Tensor,  # (samples, 2) int32
     class_weight: Tensor | None,  # (C,)
@@ -70,6 +70,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`_prediction_bank_triton`: (loss, gradient, state) as the operation's schema has them."""
     rows, columns = logits.shape
+    top_k = classes.shape[1]
     real = accumulation_dtype(logits.dtype)
     reduced = reduction != REDUCTIONS["none"]
     value = logits.new_empty(() if reduced else (rows,), dtype=real)
@@ -89,8 +90,8 @@ def forward(
         if adaptive or (reduction == REDUCTIONS["mean"] and not soft and rows > COUNT_IN_PROGRAM):
             counts = count(logits, labels, class_weight, adaptive, ignore_index)
         bank_kernel[(programs,)](
-            logits, labels, alpha, indices, predictions, seen, claims if claimed else None, class_weight, row_weight,
-            *counts, state, gradient if want_gradient else None, value,
+            logits, labels, alpha, indices, predictions, classes if top_k else None, seen, claims if claimed else None,
+            class_weight, row_weight, *counts, state, gradient if want_gradient else None, value,
             logits.new_empty((PARTIALS, programs), dtype=real) if summed else None,
             arrival_counter(logits.device) if summed else None, *logits.stride(), *label_strides(labels), alpha_value,
             label_parameter, label_smoothing, target_power, row_power, 1 - momentum,
@@ -100,7 +101,7 @@ def forward(
             reduction, soft, adaptive, alpha is not None and alpha.dim() == 1,
             bias_correction, write_first, unique, update,
             label_fn == LABEL_FUNCTIONS["softmax"] and label_parameter != 1, strength != 0, clamp != 0, late,
-            want_stats, soft and columns == 1, tile.rows, tile.columns, tile.one_tile, stages(logits), REAL[real],
-            num_warps=tile.warps,
+            want_stats, soft and columns == 1, top_k, triton.next_power_of_2(top_k + 1), tile.rows, tile.columns,
+            tile.one_tile, stages(logits), REAL[real], num_warps=tile.warps,
         )  # fmt: skip
     return value, gradient, state

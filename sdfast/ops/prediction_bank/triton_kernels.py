@@ -8,13 +8,14 @@ import triton
 import triton.language as tl
 
 from sdfast.ops.prediction_bank.triton_tiles import (
-    bank_tile,
     believed_tile,
-    blended,
     cut,
     cut_sums,
+    fresh_tile,
     mixed_tile,
     reshaped,
+    store_largest,
+    store_row,
 )
 from sdfast.ops.self_distillation.description import REDUCTIONS
 from sdfast.ops.self_distillation.triton_batch import (
@@ -23,8 +24,10 @@ from sdfast.ops.self_distillation.triton_batch import (
     is_correct,
     row_alphas,
     store_partial,
+    store_state,
+    store_statistics,
 )
-from sdfast.ops.self_distillation.triton_steps import KL, MSE, first_peak, load_tile, row_statistics, store_gradient
+from sdfast.ops.self_distillation.triton_steps import KL, MSE, first_peak, index_labels, row_statistics, store_gradient
 from sdfast.ops.self_distillation.triton_sweep import entropy_terms, gradient_tile, row_terms
 
 NONE = tl.constexpr(REDUCTIONS["none"])
@@ -63,7 +66,8 @@ def bank_kernel(
     labels,  # (N,) int64, or (N, C) probabilities
     alpha,  # () or (N,), or None
     indices,  # (N,) int64
-    predictions,  # (samples, C) in and out
+    predictions,  # (samples, C) in and out, or (samples, K + 1)
+    listed,  # (samples, K) int32 in and out: the classes of the first K; or None
     seen,  # (samples,) int32 in and out
     claims,  # (samples, 2) int32 of claim_kernel, left zero; or None where nothing is claimed
     class_weight,  # (C,) or None
@@ -114,6 +118,8 @@ def bank_kernel(
     LATE: tl.constexpr,
     STATS: tl.constexpr,
     SIGNS: tl.constexpr,
+    K: tl.constexpr,
+    LANES: tl.constexpr,
     R: tl.constexpr,
     B: tl.constexpr,
     ONE_TILE: tl.constexpr,
@@ -129,10 +135,7 @@ def bank_kernel(
     bad = tl.zeros([R], tl.int1)
     label = tl.zeros([R], tl.int32)
     if not SOFT_LABELS:
-        given = tl.load(labels + row * label_row_stride, mask=kept, other=0)
-        kept = kept & (given != ignore_index)
-        bad = kept & ((given < 0) | (given >= classes))
-        label = tl.where(kept & ~bad, given, 0).to(tl.int32)
+        kept, bad, label = index_labels(labels + row * label_row_stride, kept, classes, ignore_index)
     index = tl.load(indices + row, mask=kept, other=0)
     found = kept & (index >= 0) & (index < samples)
     index = tl.where(found, index, 0)
@@ -143,7 +146,9 @@ def bank_kernel(
     # The logits' softmax, and what it weighs in the bank.
     row_pointers = logits + row * row_stride
     label_pointers = labels + row * label_row_stride
-    bank_pointers = predictions + index * classes
+    bank = (predictions + index * classes, None, 1)
+    if K:
+        bank = (predictions + index * (K + 1), listed + index * K, tl.maximum(classes - K, 1))
     high, top_index, nan, total, _ = row_statistics(
         row_pointers, column_stride, kept, classes, 1.0, STATS, True, False, R, B, ONE_TILE, STAGES, REAL,
     )  # fmt: skip
@@ -188,7 +193,7 @@ def bank_kernel(
 
     # What the bank's row fixes: its peak and sum, and how far the logits agree with it.
     rate = 1.0 / tl.full([R, 1], temperature, REAL)
-    pointers = (row_pointers, bank_pointers)
+    pointers = (row_pointers, bank)
     fixed = (kept, high, total, finite, weight, normalizer)
     lanes = tl.arange(0, B)
     none = lanes[None, :] + tl.zeros([R, B], tl.int32)
@@ -200,7 +205,7 @@ def bank_kernel(
     for start in range(0, classes, B):
         columns = start + lanes
         x, p, t, inside = believed_tile(
-            columns, classes, pointers, column_stride, fixed, lowest, WRITE_FIRST, CLAMP, REAL
+            columns, classes, pointers, column_stride, fixed, lowest, WRITE_FIRST, CLAMP, K, REAL
         )
         above = inside & (t > peaks)
         firsts = tl.where(above, columns[None, :], firsts)
@@ -217,7 +222,7 @@ def bank_kernel(
         sums = tl.zeros([R, B], REAL)
         for start in range(0, classes, B):
             _, _, t, inside = believed_tile(
-                start + lanes, classes, pointers, column_stride, fixed, lowest, WRITE_FIRST, CLAMP, REAL
+                start + lanes, classes, pointers, column_stride, fixed, lowest, WRITE_FIRST, CLAMP, K, REAL
             )
             sums += tl.where(inside, tl.exp((tl.log(t) - log_high[:, None]) * rate), 0.0)
         source_total = tl.sum(sums, 1)
@@ -241,7 +246,7 @@ def bank_kernel(
         for start in range(0, classes, B):
             columns = start + lanes
             _, _, t, inside = believed_tile(
-                columns, classes, pointers, column_stride, fixed, lowest, WRITE_FIRST, CLAMP, REAL
+                columns, classes, pointers, column_stride, fixed, lowest, WRITE_FIRST, CLAMP, K, REAL
             )
             _, v = mixed_tile(
                 t, columns, inside, label_pointers, label_column_stride, mixture, shape, rate, LABEL_FN, GEOMETRIC,
@@ -262,7 +267,7 @@ def bank_kernel(
     for start in range(0, classes, B):
         columns = start + lanes
         x, p, t, inside = believed_tile(
-            columns, classes, pointers, column_stride, fixed, lowest, WRITE_FIRST, CLAMP, REAL
+            columns, classes, pointers, column_stride, fixed, lowest, WRITE_FIRST, CLAMP, K, REAL
         )
         target, v = mixed_tile(
             t, columns, inside, label_pointers, label_column_stride, mixture, shape, rate, LABEL_FN, GEOMETRIC,
@@ -288,7 +293,7 @@ def bank_kernel(
         for start in range(0, classes, B):
             columns = start + lanes
             x, p, t, inside = believed_tile(
-                columns, classes, pointers, column_stride, fixed, lowest, WRITE_FIRST, CLAMP, REAL
+                columns, classes, pointers, column_stride, fixed, lowest, WRITE_FIRST, CLAMP, K, REAL
             )
             target, v = mixed_tile(
                 t, columns, inside, label_pointers, label_column_stride, mixture, shape, rate, LABEL_FN, GEOMETRIC,
@@ -330,16 +335,10 @@ def bank_kernel(
                 )  # fmt: skip
             agrees = best == label
         correct_rows = is_correct(high, top_index, nan, label, label_pointers, kept, SIGNS)
-        store_partial(partials, 1, kept, kept, REAL)
-        store_partial(partials, 2, a, kept, REAL)
-        store_partial(partials, 3, correct_rows & ~bad, kept, REAL)
-        store_partial(partials, 4, tl.sum(entropies, 1), kept, REAL)
-        store_partial(partials, 5, agrees & ~target_nan & ~bad, kept, REAL)
+        agrees = agrees & ~target_nan & ~bad
+        store_statistics(partials, kept, a, correct_rows & ~bad, tl.sum(entropies, 1), agrees, REAL)
     else:
-        tl.store(state, tl.max(a, 0), mask=program == 0)
-        tl.store(state + 1 + tl.arange(0, 1), denominator, mask=tl.arange(0, 1) == program)
-        statistics = tl.arange(0, 4)
-        tl.store(state + 2 + statistics, float("nan"), mask=statistics < tl.where(program == 0, 3, 0))
+        store_state(state, a, denominator)
     if partials is not None:
         finish_batch(loss, state, partials, arrivals, denominator, a, REDUCTION != NONE, STATS, True, REAL)
 
@@ -365,15 +364,17 @@ def bank_kernel(
                         writer_pointers, column_stride, closes, classes, high, total, lowest, R, B, REAL
                     )
             writes = closes & finite
-            for start in range(0, classes, B):
-                columns = start + lanes
-                inside = writes[:, None] & (columns < classes)[None, :]
-                x = load_tile(writer_pointers, columns, column_stride, inside, float("-inf"), REAL)
-                old = bank_tile(bank_pointers, columns, inside, REAL)
-                p = tl.exp(x - high[:, None]) / total[:, None]
-                fresh = blended(old, p, lowest, normalizer, weight, CLAMP)
-                if predictions.dtype.element_ty != tl.float64:
-                    fresh = fresh.to(tl.float32)
-                fresh = fresh.to(predictions.dtype.element_ty)
-                tl.store(bank_pointers[:, None] + columns[None, :], fresh, mask=inside)
+            fresh = (high, total, weight, normalizer)
+            if K:
+                store_largest(
+                    writes, classes, writer_pointers, column_stride, bank, fresh, lowest, CLAMP, K, LANES, R, B, REAL
+                )
+            else:
+                for start in range(0, classes, B):
+                    columns = start + lanes
+                    inside = writes[:, None] & (columns < classes)[None, :]
+                    values = fresh_tile(
+                        columns, inside, writer_pointers, column_stride, bank, fresh, lowest, CLAMP, K, REAL
+                    )
+                    store_row(bank[0][:, None] + columns[None, :], values, inside)
             tl.store(seen + index, count + 1, mask=writes)

@@ -113,7 +113,7 @@ def self_distillation_loss(
     Reference:
         Dong, Hou, Lu, Zhang 2019, "Distillation ≈ Early Stopping?", Algorithm 1.
     """
-    if indices_beside_rows(logits, labels):  # the commonest call, known good at a glance
+    if _checks.indices_beside_rows(logits, labels):  # the commonest call, known good at a glance
         flat, rows = logits, labels
     else:
         _checks.check_logits(logits)
@@ -148,7 +148,8 @@ def self_distillation_loss(
         ignore_index, label_smoothing, *target, power,
     )  # fmt: skip
     rows_in = (flat, rows, mix, source, class_weight, weight)
-    chosen = _dispatch.choose(backend, logits.device.type)
+    unserved = source.without_kernel(backend) if isinstance(source, BankRows) else ()
+    chosen = _dispatch.choose(backend, logits.device.type, unserved)
     state: Tensor | None
     if chosen == "reference":
         arguments.check_values(rows, mix, flat, loss, ignore_index)
@@ -165,18 +166,3 @@ def self_distillation_loss(
         return value
     mean_alpha, _, accuracy, target_entropy, agreement = state.unbind()  # type: ignore[union-attr]
     return value, LossStats(mean_alpha, accuracy, target_entropy, agreement)
-
-
-def indices_beside_rows(logits: Tensor, labels: Tensor) -> bool:
-    """Whether these are floating (N, C) logits with (N,) int64 labels on one device: nothing needs converting."""
-    if not isinstance(logits, Tensor) or not isinstance(labels, Tensor) or labels.dtype is not torch.int64:
-        return False
-    shape = logits.shape
-    return (
-        len(shape) == 2
-        and shape[:1] == labels.shape
-        and shape[1] > 1
-        and logits.dtype in _checks.FLOATING
-        and labels.device == logits.device
-        and logits.layout is torch.strided
-    )

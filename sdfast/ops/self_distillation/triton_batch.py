@@ -235,6 +235,38 @@ def store_partial(
 
 
 @triton.jit
+def store_statistics(
+    partials,  # (6, programs)
+    kept,  # (R,), and so all that follow
+    a,
+    correct,
+    entropy,
+    agrees,
+    REAL: tl.constexpr,
+):
+    """What `finish_batch` makes the state of, with STATS."""
+    store_partial(partials, 1, kept, kept, REAL)
+    store_partial(partials, 2, a, kept, REAL)
+    store_partial(partials, 3, correct, kept, REAL)
+    store_partial(partials, 4, entropy, kept, REAL)
+    store_partial(partials, 5, agrees, kept, REAL)
+
+
+@triton.jit
+def store_state(
+    state,  # (5,) out
+    a,  # (R,)
+    denominator,  # (1,)
+):
+    """The state without STATS, by the first program: alpha and the denominator, all that a backward reads."""
+    program = tl.program_id(0)
+    tl.store(state, tl.max(a, 0), mask=program == 0)
+    tl.store(state + 1 + tl.arange(0, 1), denominator, mask=tl.arange(0, 1) == program)
+    statistics = tl.arange(0, 4)
+    tl.store(state + 2 + statistics, float("nan"), mask=statistics < tl.where(program == 0, 3, 0))
+
+
+@triton.jit
 def finish_batch(
     loss,  # () out, unless nothing is reduced
     state,  # (5,) out, with STATS

@@ -14,8 +14,10 @@ from sdfast.ops.self_distillation.triton_batch import (
     is_correct,
     row_alphas,
     store_partial,
+    store_state,
+    store_statistics,
 )
-from sdfast.ops.self_distillation.triton_steps import BRIER, CLIP, HARDMAX, MSE, SOFTMAX, row_statistics
+from sdfast.ops.self_distillation.triton_steps import BRIER, CLIP, HARDMAX, MSE, SOFTMAX, index_labels, row_statistics
 from sdfast.ops.self_distillation.triton_sweep import sweep
 
 NONE = tl.constexpr(REDUCTIONS["none"])
@@ -83,10 +85,7 @@ def rows_kernel(
     bad = tl.zeros([R], tl.int1)
     label = tl.zeros([R], tl.int32)
     if not SOFT_LABELS:
-        given = tl.load(labels + row * label_row_stride, mask=kept, other=0)
-        kept = kept & (given != ignore_index)
-        bad = kept & ((given < 0) | (given >= classes))
-        label = tl.where(kept & ~bad, given, 0).to(tl.int32)
+        kept, bad, label = index_labels(labels + row * label_row_stride, kept, classes, ignore_index)
 
     # What the batch fixes: the denominator and alpha. target = uniform + at_label y + at_source h
     denominator = tl.full([1], 1.0, REAL)
@@ -194,16 +193,10 @@ def rows_kernel(
                     )  # fmt: skip
                 agrees = best == label
             correct_rows = is_correct(high, hard, nan, label, label_pointers, kept, SIGNS)
-            store_partial(partials, 1, kept, kept, REAL)
-            store_partial(partials, 2, a, kept, REAL)
-            store_partial(partials, 3, correct_rows & ~bad, kept, REAL)
-            store_partial(partials, 4, entropy, kept, REAL)
-            store_partial(partials, 5, agrees & ~target_nan & ~bad, kept, REAL)
+            agrees = agrees & ~target_nan & ~bad
+            store_statistics(partials, kept, a, correct_rows & ~bad, entropy, agrees, REAL)
         elif state is not None:  # the backward reads only these two
-            tl.store(state, tl.max(a, 0), mask=program == 0)
-            tl.store(state + 1 + tl.arange(0, 1), denominator, mask=tl.arange(0, 1) == program)
-            statistics = tl.arange(0, 4)
-            tl.store(state + 2 + statistics, float("nan"), mask=statistics < tl.where(program == 0, 3, 0))
+            store_state(state, a, denominator)
         if partials is not None:
             finish_batch(loss, state, partials, arrivals, denominator, a, REDUCTION != NONE, STATS, ALPHA_PER_ROW, REAL)
 

@@ -34,6 +34,20 @@ def load_tile(
 
 
 @triton.jit
+def index_labels(
+    label_pointers,  # (R,) int64
+    exists,  # (R,)
+    classes,
+    ignore_index,
+):
+    """(which rows count, which of them have a label that is no class, the labels of the others) of each row."""
+    given = tl.load(label_pointers, mask=exists, other=0)
+    kept = exists & (given != ignore_index)
+    bad = kept & ((given < 0) | (given >= classes))
+    return kept, bad, tl.where(kept & ~bad, given, 0).to(tl.int32)
+
+
+@triton.jit
 def store_gradient(
     row_pointers,  # (R,) of contiguous rows
     columns,  # (B,)
