@@ -234,8 +234,8 @@ def check_classifier(names: tuple[str, str, str], hidden: Tensor, weight: Tensor
     """Refuses what is no (..., H) of hidden states with a (C, H) weight and a (C,) bias, of one dtype and device."""
     _checks.check_floating(names[0], hidden)
     _checks.check_floating(names[1], weight)
-    if hidden.dim() == 0:
-        raise ValueError(f"{names[0]}: got shape (), wanted (..., width)")
+    if hidden.dim() == 0 or hidden.shape[-1] == 0:
+        raise ValueError(f"{names[0]}: got shape {_checks.shape_text(hidden)}, wanted (..., width) of at least 1")
     if weight.dim() != 2 or weight.shape[0] == 0:
         raise ValueError(f"{names[1]}: got shape {_checks.shape_text(weight)}, wanted (classes, width)")
     if hidden.shape[-1] != weight.shape[1]:

@@ -46,6 +46,10 @@ BAD_CALLS = {
         r"tail_mass: row 2 is 1\.8, wanted within \[0, 1\]"),
     "tail mass negative": (
         lambda: kd(X, TopK(V, I, -M)), ValueError, r"tail_mass: row 0 is -0\.2, wanted within \[0, 1\]"),
+    "probabilities for their logarithms": (
+        lambda: kd(X, TopK(V.exp(), I)), ValueError, r"tail_mass: row 0 is -[\d.]+, wanted within \[0, 1\]"),
+    "all classes and more than all of the mass": (
+        lambda: kd(X, TopK(T.softmax(-1), torch.arange(3).expand(4, 3))), ValueError, "tail_mass: row 0 is -"),
     "tail mass NaN": (lambda: kd(X, TopK(V, I, M * torch.nan)), ValueError, r"tail_mass: row 0 is -?nan, wanted"),
     "tail mass of other rows": (
         lambda: kd(X, TopK(V, I, M[:3])), ValueError, r"tail_mass: got shape \(3,\), wanted \(4,\)"),

@@ -29,7 +29,7 @@ class TopK(NamedTuple):
         values: (..., k) log-probabilities, already at the teacher's temperature, of the listed classes.
         indices: (..., k) int64, the listed classes, no class twice.
         tail_mass: (...) probability of all other classes together, in [0, 1]; ``None``: what the listed ones leave,
-            1 − Σ exp(values), at least 0.
+            1 − Σ exp(values), at least 0; values that sum to more than 1.1 are no distribution and refused.
         tail: How the mass is spread over the other classes. ``"bucket"``: in proportion to the student's own
             probabilities (without gradient through the share), which makes the divergence exactly that of the k + 1
             outcomes "one of the listed classes" and "any other": nothing is taught about the order among the others.
@@ -155,6 +155,8 @@ def _top_k_rows(teacher: TopK, logits: Tensor) -> TeacherRows:
         # A NaN is left to the values, to make its row's loss NaN.
         listed = values.detach().to(accumulation_dtype(logits.dtype)).exp().sum(-1).nan_to_num(nan=1.0)
         mass = (1 - listed).clamp(min=0) if k < classes else torch.zeros_like(listed)
+        # More than rounding explains is no distribution (probabilities in place of their logarithms): refused as such.
+        mass = torch.where(listed > 1.1, 1 - listed, mass)
     elif k == classes:
         raise ValueError(f"tail_mass: given, but all {classes} classes are listed: no other has any mass")
     else:

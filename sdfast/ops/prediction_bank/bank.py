@@ -94,6 +94,9 @@ class PredictionBank(nn.Module):
         if dtype not in DTYPES:
             raise TypeError(f"dtype: got {dtype}, wanted torch.float32, torch.bfloat16 or torch.float64")
         _checks.check_option("order", order, ORDERS)
+        for name, flag in (("bias_correction", bias_correction), ("unique", unique)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name}: got {flag!r}, wanted True or False")
         if top_k is not None:
             _check_count("top_k", top_k, 1)
             if top_k >= num_classes:
@@ -102,10 +105,10 @@ class PredictionBank(nn.Module):
         self.num_classes = num_classes
         self.momentum = float(momentum)
         self.order = order
-        self.bias_correction = bool(bias_correction)
+        self.bias_correction = bias_correction
         self.warm_up = warm_up
         self.top_k = top_k
-        self.unique = bool(unique)
+        self.unique = unique
         width = num_classes if top_k is None else top_k + 1
         integers: dict[str, Any] = {"dtype": torch.int32, "device": device}
         sparse = (num_samples, top_k) if top_k is not None else (0, 0)
@@ -145,7 +148,7 @@ class PredictionBank(nn.Module):
         Returns:
             (..., num_classes) probabilities, float64 where the bank is, otherwise float32; a copy.
         """
-        chosen = slice(None) if indices is None else indices
+        chosen = slice(None) if indices is None else inspection.checked_indices(self, indices)
         dtype = torch.float64 if self.predictions.dtype == torch.float64 else torch.float32
         predictions = self.predictions[chosen]
         if self.top_k is None:
@@ -254,6 +257,8 @@ class PredictionBank(nn.Module):
         Raises:
             ValueError: A setting differs.
         """
+        if not isinstance(state, dict) or not set(SETTINGS) <= state.keys():
+            raise ValueError(f"state: got {state!r}, wanted the settings that a PredictionBank has saved")
         for name in SETTINGS:
             if state[name] != getattr(self, name):
                 raise ValueError(f"{name}: the saved bank has {state[name]!r}, this one {getattr(self, name)!r}")

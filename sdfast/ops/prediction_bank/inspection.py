@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from sdfast import _checks
+from sdfast import _checks, _dispatch
 
 if TYPE_CHECKING:
     from sdfast.ops.prediction_bank.bank import PredictionBank
@@ -26,6 +26,20 @@ class SuspectedLabels(NamedTuple):
     indices: Tensor
     disagreement: Tensor
     predicted: Tensor
+
+
+def checked_indices(bank: "PredictionBank", indices: Tensor) -> Tensor:
+    """Indices of rows that exist: a negative one is an error, not a row counted from the end."""
+    _checks.check_tensor("indices", indices)
+    if indices.dtype not in _checks.INTEGRAL:
+        raise TypeError(f"indices: got {_checks.dtype_name(indices)}, wanted an integer tensor of sample indices")
+    indices = indices.long()
+    bad = (indices < 0) | (indices >= bank.num_samples)
+    if indices.device.type != "cpu" or torch.compiler.is_compiling() or _dispatch.functorch_is_active():
+        return torch.where(bad, bank.num_samples, indices)  # which the device refuses by itself
+    if bad.any():
+        raise IndexError(f"indices: got {int(indices[bad][0])}, wanted 0 <= index < {bank.num_samples}")
+    return indices
 
 
 def check_all_labels(bank: "PredictionBank", labels: Tensor) -> Tensor:
@@ -52,7 +66,7 @@ def _chunks(bank: "PredictionBank") -> Iterator[slice]:
 def suspected_labels(bank: "PredictionBank", labels: Tensor, k: int) -> SuspectedLabels:
     """As `PredictionBank.suspected_labels` says."""
     labels = check_all_labels(bank, labels)
-    if not isinstance(k, int) or not 1 <= k <= bank.num_samples:
+    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= bank.num_samples:
         raise ValueError(f"k: got {k!r}, wanted an integer from 1 to the {bank.num_samples} samples")
     if bank.num_classes == 1:
         raise ValueError("labels: a bank of one class can suspect none")
