@@ -1,6 +1,5 @@
 """`self_distillation_loss`, the fused loss of learning from labels mixed with one's own predictions."""
 
-import torch
 from torch import Tensor
 
 from sdfast import _checks, _dispatch
