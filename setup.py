@@ -23,15 +23,8 @@ from setuptools.command.bdist_wheel import bdist_wheel
 ROOT = Path(__file__).parent
 TORCH_TARGET = "0x020a000000000000"  # the stable ABI of torch 2.10: one build serves every later torch
 FLAGS = ["-O3", "-std=c++17", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
-CPU_FLAGS = [
-    "-fopenmp-simd",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fwrapv",
-    "-Wno-psabi",
-    "-fvisibility=hidden",
-    "-g0",
-]
+CPU_FLAGS = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fwrapv", "-Wno-psabi"]
+CPU_FLAGS += ["-fvisibility=hidden", "-g0"]
 
 
 def import_torch():
@@ -130,12 +123,8 @@ def native_libraries() -> dict:
     if reason is None:
         os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("SDFAST_CUDA_ARCHS", "8.0;9.0;10.0;12.0+PTX")
         arguments = {"cxx": [*FLAGS, "-DUSE_CUDA"], "nvcc": [*FLAGS, "-DUSE_CUDA", "--expt-relaxed-constexpr"]}
-        name = f"sdfast._C_cu{torch.version.cuda.split('.')[0]}"
-        extensions.append(
-            CUDAExtension(
-                name, sources("csrc/*/cuda.cu"), extra_compile_args=arguments, extra_link_args=["-s"], **common
-            )
-        )
+        name, files = f"sdfast._C_cu{torch.version.cuda.split('.')[0]}", sources("csrc/*/cuda.cu")
+        extensions.append(CUDAExtension(name, files, extra_compile_args=arguments, extra_link_args=["-s"], **common))
 
     class BuildLibraries(BuildExtension.with_options(no_python_abi_suffix=True)):  # they fit every Python
         def run(self) -> None:
@@ -146,13 +135,7 @@ def native_libraries() -> dict:
 
     limit_jobs(4.0 if reason is None else 1.0)
     print(f"sdfast: building {', '.join(e.name for e in extensions)} for torch >= 2.10; CUDA: {reason or 'yes'}")
-    return {
-        "ext_modules": extensions,
-        "cmdclass": {
-            "build_ext": BuildLibraries,
-            "bdist_wheel": AnyPythonWheel,
-        },
-    }
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildLibraries, "bdist_wheel": AnyPythonWheel}}
 
 
 class AnyPythonWheel(bdist_wheel):

@@ -163,31 +163,29 @@ std::vector<T> effective_alphas(const BankProblem<T>& problem) {
 }
 
 template <class T>
-std::tuple<Tensor, Tensor, Tensor> forward_as(BankProblem<T> problem, const Tensor& logits, double alpha_value,
-                                              bool adaptive, int64_t reduction, bool want_gradient, bool late,
-                                              bool want_stats) {
+std::tuple<Tensor, Tensor, Tensor> forward_as(BankProblem<T> problem, const Tensor& logits, const Description& d,
+                                              bool late) {
   Problem<T>& loss = problem.loss;
   const BatchCounts<T> counts = check_and_count(loss);
   check_indices(problem);
   const std::vector<uint8_t> roles =
       roles_of(problem.indices, loss.rows, [&](int64_t i) { return loss.kept(i); }, problem.bank.unique);
   std::vector<Peak<T>> peaks;
-  if (adaptive) loss.shared_alpha = adaptive_batch_alpha(loss, static_cast<T>(alpha_value), counts.kept, peaks);
+  if (d.adaptive) loss.shared_alpha = adaptive_batch_alpha(loss, static_cast<T>(d.alpha_value), counts.kept, peaks);
   const std::vector<T> alphas = effective_alphas(problem);
   loss.alpha = alphas.data();
   loss.alpha_stride = 1;
-  loss.want_stats = want_stats;
 
-  Tensor value = reduction == kNone ? new_tensor(logits, {loss.rows}, kType<T>) : new_tensor(logits, {}, kType<T>);
+  Tensor value = d.reduction == kNone ? new_tensor(logits, {loss.rows}, kType<T>) : new_tensor(logits, {}, kType<T>);
   const ScalarType gradient_type = late ? kType<T> : logits.scalar_type();
-  Tensor gradient = want_gradient ? new_gradient(logits, gradient_type) : new_tensor(logits, {0}, gradient_type);
-  const OutputRows out = want_gradient ? OutputRows(gradient) : OutputRows();
+  Tensor gradient = d.want_gradient ? new_gradient(logits, gradient_type) : new_tensor(logits, {0}, gradient_type);
+  const OutputRows out = d.want_gradient ? OutputRows(gradient) : OutputRows();
   std::vector<RowResult<T>> results(loss.rows);
   // An all-ignored batch has loss 0, not 0/0.
-  const T divisor = reduction != kMean || counts.kept == 0 ? T(1) : counts.denominator;
+  const T divisor = d.reduction != kMean || counts.kept == 0 ? T(1) : counts.denominator;
   const T share = late ? T(1) : T(1) / divisor;
   const auto run = [&](BankScratch<T>& scratch, int64_t i, bool split_columns) {
-    results[i] = run_bank_row(problem, scratch, split_columns, i, adaptive ? &peaks[i] : nullptr,
+    results[i] = run_bank_row(problem, scratch, split_columns, i, d.adaptive ? &peaks[i] : nullptr,
                               loss.weight_of(i) * share, out, roles[i] != kSharesOnly);
   };
   bool last_to_write = false;
@@ -204,7 +202,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_as(BankProblem<T> problem, const Tens
       if (roles[i] == kWritesLast) run(scratch, i, false);
   }
 
-  write_losses(results, reduction, divisor, value.mutable_data_ptr<T>());
+  write_losses(results, d.reduction, divisor, value.mutable_data_ptr<T>());
   Tensor state = new_tensor(logits, {int64_t{kStateSize}}, kType<T>);
   write_state(loss, results, counts.kept, divisor, state.mutable_data_ptr<T>());
   return {value, gradient, state};
@@ -219,14 +217,25 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor logits, Tensor labels, Optiona
                                            bool bias_correction, bool write_first, int64_t warm_up, bool unique,
                                            bool update, double strength, double clamp, bool want_gradient, bool late,
                                            bool want_stats) {
+  const Description d{alpha_value,
+                      static_cast<LabelFunction>(label_fn),
+                      static_cast<Loss>(loss),
+                      static_cast<Reduction>(reduction),
+                      static_cast<Mixing>(mixing),
+                      ignore_index,
+                      label_parameter,
+                      label_smoothing,
+                      target_power,
+                      row_power,
+                      adaptive,
+                      want_gradient,
+                      want_stats};
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    return forward_as<T>(
-        {make_problem<T>(logits, labels, alpha, {}, class_weight, row_weight, alpha_value, label_fn, label_parameter,
-                         loss, ignore_index, label_smoothing, mixing, target_power, row_power),
-         settings<T>(momentum, bias_correction, write_first, warm_up, unique, update, strength, clamp),
-         Storage(predictions, classes, seen, logits.size(1)), indices.const_data_ptr<int64_t>()},
-        logits, alpha_value, adaptive, reduction, want_gradient, late, want_stats);
+    return forward_as<T>({make_problem<T>(logits, labels, alpha, {}, class_weight, row_weight, d),
+                          settings<T>(momentum, bias_correction, write_first, warm_up, unique, update, strength, clamp),
+                          Storage(predictions, classes, seen, logits.size(1)), indices.const_data_ptr<int64_t>()},
+                         logits, d, late);
   };
   return logits.scalar_type() == ScalarType::Double ? run(0.0) : run(0.f);
 }

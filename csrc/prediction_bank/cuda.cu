@@ -145,14 +145,24 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor logits, Tensor labels, Optiona
                                            bool bias_correction, bool write_first, int64_t warm_up, bool unique,
                                            bool update, double strength, double clamp, bool want_gradient, bool late,
                                            bool want_stats) {
+  const Description d{alpha_value,
+                      static_cast<LabelFunction>(label_fn),
+                      static_cast<Loss>(loss),
+                      static_cast<Reduction>(reduction),
+                      static_cast<Mixing>(mixing),
+                      ignore_index,
+                      label_parameter,
+                      label_smoothing,
+                      target_power,
+                      row_power,
+                      adaptive,
+                      want_gradient,
+                      want_stats};
   return with_dtype(logits, [&](auto zero) {
     using In = decltype(zero);
     using T = Accumulated<In>;
     const CudaStream stream(logits);
-    Problem<In> problem =
-        make_problem<In>(logits, labels, alpha, {}, class_weight, row_weight, label_fn, label_parameter, loss,
-                         ignore_index, label_smoothing, mixing, target_power, row_power);
-    problem.want_stats = want_stats;
+    Problem<In> problem = make_problem<In>(logits, labels, alpha, {}, class_weight, row_weight, d);
     Storage storage;
     storage.predictions = predictions.mutable_data_ptr();
     storage.type = predictions.scalar_type();
@@ -161,7 +171,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor logits, Tensor labels, Optiona
     storage.samples = seen.numel();
     storage.indices = indices.const_data_ptr<int64_t>();
     Batch<T> batch;
-    batch.reduction = static_cast<Reduction>(reduction);
+    batch.reduction = d.reduction;
     batch.adaptive = adaptive;
     batch.alpha_value = static_cast<T>(alpha_value);
 

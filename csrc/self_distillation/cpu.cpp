@@ -7,30 +7,29 @@ namespace sdfast::self_distillation {
 namespace {
 
 template <class T>
-std::tuple<Tensor, Tensor, Tensor> forward_as(Problem<T> problem, const Tensor& logits, double alpha_value,
-                                              bool adaptive, int64_t reduction, bool want_gradient, bool want_stats) {
+std::tuple<Tensor, Tensor, Tensor> forward_as(Problem<T> problem, const Tensor& logits, const Description& d) {
   const BatchCounts<T> counts = check_and_count(problem);
   std::vector<Peak<T>> peaks;
-  if (adaptive) problem.shared_alpha = adaptive_batch_alpha(problem, static_cast<T>(alpha_value), counts.kept, peaks);
-  problem.want_stats = want_stats;
+  if (d.adaptive)
+    problem.shared_alpha = adaptive_batch_alpha(problem, static_cast<T>(d.alpha_value), counts.kept, peaks);
 
-  Tensor loss = reduction == kNone ? new_tensor(logits, {problem.rows}, kType<T>) : new_tensor(logits, {}, kType<T>);
+  Tensor loss = d.reduction == kNone ? new_tensor(logits, {problem.rows}, kType<T>) : new_tensor(logits, {}, kType<T>);
   Tensor gradient =
-      want_gradient ? new_gradient(logits, logits.scalar_type()) : new_tensor(logits, {0}, logits.scalar_type());
-  const OutputRows out = want_gradient ? OutputRows(gradient) : OutputRows();
+      d.want_gradient ? new_gradient(logits, logits.scalar_type()) : new_tensor(logits, {0}, logits.scalar_type());
+  const OutputRows out = d.want_gradient ? OutputRows(gradient) : OutputRows();
   std::vector<RowResult<T>> results(problem.rows);
   // An all-ignored batch has loss 0, not 0/0.
-  const T divisor = reduction != kMean || counts.kept == 0 ? T(1) : counts.denominator, share = T(1) / divisor;
+  const T divisor = d.reduction != kMean || counts.kept == 0 ? T(1) : counts.denominator, share = T(1) / divisor;
   over_rows(problem.rows, problem.classes, [&](int64_t begin, int64_t end, bool split_columns) {
     run_rows(
-        problem, begin, end, split_columns, adaptive ? peaks.data() : nullptr,
+        problem, begin, end, split_columns, d.adaptive ? peaks.data() : nullptr,
         [&](int64_t i) { return problem.weight_of(i) * share; }, out, results.data());
     for (int64_t i = begin; i < end; ++i)
       if (problem.kept(i)) results[i].loss *= problem.weight_of(i);
   });
 
-  write_losses(results, reduction, divisor, loss.mutable_data_ptr<T>());
-  const bool want_state = want_stats || !want_gradient;
+  write_losses(results, d.reduction, divisor, loss.mutable_data_ptr<T>());
+  const bool want_state = d.want_stats || !d.want_gradient;
   Tensor state = new_tensor(logits, {want_state ? int64_t{kStateSize} : 0}, kType<T>);
   if (want_state) write_state(problem, results, counts.kept, divisor, state.mutable_data_ptr<T>());
   return {loss, gradient, state};
@@ -53,30 +52,23 @@ Tensor backward_as(const Problem<T>& problem, const Tensor& upstream, const Tens
 
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor logits, Tensor labels, OptionalTensor alpha, OptionalTensor source,
                                            OptionalTensor class_weight, OptionalTensor row_weight, double alpha_value,
-                                           bool adaptive, int64_t label_fn, double label_parameter, int64_t loss,
-                                           int64_t reduction, int64_t ignore_index, double label_smoothing,
-                                           int64_t mixing, double target_power, double row_power, bool want_gradient,
-                                           bool want_stats) {
+                                           int64_t codes, int64_t ignore_index, OptionalNumbers numbers) {
+  const Description d = unpacked(alpha_value, codes, ignore_index, numbers);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    return forward_as<T>(
-        make_problem<T>(logits, labels, alpha, source, class_weight, row_weight, alpha_value, label_fn, label_parameter,
-                        loss, ignore_index, label_smoothing, mixing, target_power, row_power),
-        logits, alpha_value, adaptive, reduction, want_gradient, want_stats);
+    return forward_as<T>(make_problem<T>(logits, labels, alpha, source, class_weight, row_weight, d), logits, d);
   };
   return logits.scalar_type() == ScalarType::Double ? run(0.0) : run(0.f);
 }
 
 Tensor backward(Tensor upstream, Tensor state, Tensor logits, Tensor labels, OptionalTensor alpha,
                 OptionalTensor source, OptionalTensor class_weight, OptionalTensor row_weight, double alpha_value,
-                int64_t label_fn, double label_parameter, int64_t loss, int64_t ignore_index, double label_smoothing,
-                int64_t mixing, double target_power, double row_power) {
+                int64_t codes, int64_t ignore_index, OptionalNumbers numbers) {
+  const Description d = unpacked(alpha_value, codes, ignore_index, numbers);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    return backward_as<T>(
-        make_problem<T>(logits, labels, alpha, source, class_weight, row_weight, alpha_value, label_fn, label_parameter,
-                        loss, ignore_index, label_smoothing, mixing, target_power, row_power),
-        upstream, state, logits);
+    return backward_as<T>(make_problem<T>(logits, labels, alpha, source, class_weight, row_weight, d), upstream, state,
+                          logits);
   };
   return logits.scalar_type() == ScalarType::Double ? run(0.0) : run(0.f);
 }

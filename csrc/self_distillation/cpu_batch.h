@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu_row.h"
+#include "description.h"
 
 namespace sdfast::self_distillation {
 
@@ -62,9 +63,7 @@ BatchCounts<T> check_and_count(const Problem<T>& problem) {
 template <class T>
 Problem<T> make_problem(const Tensor& logits, const Tensor& labels, const OptionalTensor& alpha,
                         const OptionalTensor& source, const OptionalTensor& class_weight,
-                        const OptionalTensor& row_weight, double alpha_value, int64_t label_fn, double label_parameter,
-                        int64_t loss, int64_t ignore_index, double label_smoothing, int64_t mixing, double target_power,
-                        double row_power) {
+                        const OptionalTensor& row_weight, const Description& d) {
   Problem<T> problem;
   problem.logits = Rows(logits);
   problem.rows = logits.size(0);
@@ -80,7 +79,7 @@ Problem<T> make_problem(const Tensor& logits, const Tensor& labels, const Option
     problem.alpha = alpha->const_data_ptr<T>();
     problem.alpha_stride = alpha->dim();  // the caller passes () or a contiguous (N,)
   }
-  problem.shared_alpha = static_cast<T>(alpha_value);
+  problem.shared_alpha = static_cast<T>(d.alpha_value);
   if (class_weight) {
     problem.class_weight = class_weight->const_data_ptr<T>();
     double sum = 0;
@@ -88,14 +87,15 @@ Problem<T> make_problem(const Tensor& logits, const Tensor& labels, const Option
     problem.class_weight_sum = static_cast<T>(sum);
   }
   if (row_weight) problem.row_weight = row_weight->const_data_ptr<T>();
-  problem.label_fn = label_fn;
-  problem.loss = loss;
-  problem.ignore_index = ignore_index;
-  problem.label_parameter = static_cast<T>(label_parameter);
-  problem.label_smoothing = static_cast<T>(label_smoothing);
-  problem.mixing = mixing;
-  problem.target_power = static_cast<T>(target_power);
-  problem.row_power = static_cast<T>(row_power);
+  problem.label_fn = d.label_fn;
+  problem.loss = d.loss;
+  problem.ignore_index = d.ignore_index;
+  problem.label_parameter = static_cast<T>(d.label_parameter);
+  problem.label_smoothing = static_cast<T>(d.label_smoothing);
+  problem.mixing = d.mixing;
+  problem.target_power = static_cast<T>(d.target_power);
+  problem.row_power = static_cast<T>(d.row_power);
+  problem.want_stats = d.want_stats;
   return problem;
 }
 

@@ -121,29 +121,25 @@ Tensor new_gradient(Problem<In>& problem, const Tensor& logits) {
 
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor logits, Tensor labels, OptionalTensor alpha, OptionalTensor source,
                                            OptionalTensor class_weight, OptionalTensor row_weight, double alpha_value,
-                                           bool adaptive, int64_t label_fn, double label_parameter, int64_t loss,
-                                           int64_t reduction, int64_t ignore_index, double label_smoothing,
-                                           int64_t mixing, double target_power, double row_power, bool want_gradient,
-                                           bool want_stats) {
+                                           int64_t codes, int64_t ignore_index, OptionalNumbers numbers) {
+  const Description d = unpacked(alpha_value, codes, ignore_index, numbers);
   return with_dtype(logits, [&](auto zero) {
     using In = decltype(zero);
     using T = Accumulated<In>;
     const CudaStream stream(logits);
-    Problem<In> problem =
-        make_problem<In>(logits, labels, alpha, source, class_weight, row_weight, label_fn, label_parameter, loss,
-                         ignore_index, label_smoothing, mixing, target_power, row_power);
-    problem.want_stats = want_stats;
+    Problem<In> problem = make_problem<In>(logits, labels, alpha, source, class_weight, row_weight, d);
     Batch<T> batch;
-    batch.reduction = static_cast<Reduction>(reduction);
-    batch.adaptive = adaptive;
+    batch.reduction = d.reduction;
+    batch.adaptive = d.adaptive;
     batch.alpha_value = static_cast<T>(alpha_value);
 
-    Tensor value = reduction == kNone ? new_tensor(logits, {problem.rows}, kType<T>) : new_tensor(logits, {}, kType<T>);
-    (reduction == kNone ? batch.losses : batch.loss) = value.mutable_data_ptr<T>();
-    const int64_t state_size = want_stats || !want_gradient ? int64_t{kStateSize} : 0;
+    const bool of_rows = d.reduction == kNone;
+    Tensor value = of_rows ? new_tensor(logits, {problem.rows}, kType<T>) : new_tensor(logits, {}, kType<T>);
+    (of_rows ? batch.losses : batch.loss) = value.mutable_data_ptr<T>();
+    const int64_t state_size = d.want_stats || !d.want_gradient ? int64_t{kStateSize} : 0;
     Tensor state = new_tensor(logits, {state_size}, kType<T>);
     if (state_size) batch.state = state.mutable_data_ptr<T>();
-    Tensor gradient = want_gradient ? new_gradient(problem, logits) : new_tensor(logits, {0}, logits.scalar_type());
+    Tensor gradient = d.want_gradient ? new_gradient(problem, logits) : new_tensor(logits, {0}, logits.scalar_type());
     launch_for(stream, problem, batch, logits);
     return std::tuple<Tensor, Tensor, Tensor>(value, gradient, state);
   });
@@ -151,15 +147,14 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor logits, Tensor labels, Optiona
 
 Tensor backward(Tensor upstream, Tensor state, Tensor logits, Tensor labels, OptionalTensor alpha,
                 OptionalTensor source, OptionalTensor class_weight, OptionalTensor row_weight, double alpha_value,
-                int64_t label_fn, double label_parameter, int64_t loss, int64_t ignore_index, double label_smoothing,
-                int64_t mixing, double target_power, double row_power) {
+                int64_t codes, int64_t ignore_index, OptionalNumbers numbers) {
+  Description d = unpacked(alpha_value, codes, ignore_index, numbers);
+  d.want_stats = false;
   return with_dtype(logits, [&](auto zero) {
     using In = decltype(zero);
     using T = Accumulated<In>;
     const CudaStream stream(logits);
-    Problem<In> problem =
-        make_problem<In>(logits, labels, alpha, source, class_weight, row_weight, label_fn, label_parameter, loss,
-                         ignore_index, label_smoothing, mixing, target_power, row_power);
+    Problem<In> problem = make_problem<In>(logits, labels, alpha, source, class_weight, row_weight, d);
     Tensor gradient = new_gradient(problem, logits);
     Batch<T> batch;
     batch.alpha_value = static_cast<T>(alpha_value);

@@ -2,9 +2,9 @@
 #pragma once
 
 #include <algorithm>
-#include <optional>
 
 #include "cuda_rows.cuh"
+#include "description.h"
 
 namespace sdfast::self_distillation {
 
@@ -190,9 +190,7 @@ inline Shape shape_for(const CudaStream& stream, int64_t rows, int64_t classes, 
 template <class In>
 Problem<In> make_problem(const Tensor& logits, const Tensor& labels, const OptionalTensor& alpha,
                          const OptionalTensor& source, const OptionalTensor& class_weight,
-                         const OptionalTensor& row_weight, int64_t label_fn, double label_parameter, int64_t loss,
-                         int64_t ignore_index, double label_smoothing, int64_t mixing, double target_power,
-                         double row_power) {
+                         const OptionalTensor& row_weight, const Description& d) {
   using T = Accumulated<In>;
   constexpr int64_t kMostClasses = 1 << 30;  // columns are counted in int
   if (logits.size(1) > kMostClasses)
@@ -214,14 +212,15 @@ Problem<In> make_problem(const Tensor& logits, const Tensor& labels, const Optio
   }
   if (class_weight) problem.class_weight = class_weight->const_data_ptr<T>();
   if (row_weight) problem.row_weight = row_weight->const_data_ptr<T>();
-  problem.label_fn = static_cast<LabelFunction>(label_fn);
-  problem.loss = static_cast<Loss>(loss);
-  problem.ignore_index = ignore_index;
-  problem.label_parameter = static_cast<T>(label_parameter);
-  problem.label_smoothing = static_cast<T>(label_smoothing);
-  problem.mixing = static_cast<Mixing>(mixing);
-  problem.target_power = static_cast<T>(target_power);
-  problem.row_power = static_cast<T>(row_power);
+  problem.label_fn = d.label_fn;
+  problem.loss = d.loss;
+  problem.ignore_index = d.ignore_index;
+  problem.label_parameter = static_cast<T>(d.label_parameter);
+  problem.label_smoothing = static_cast<T>(d.label_smoothing);
+  problem.mixing = d.mixing;
+  problem.target_power = static_cast<T>(d.target_power);
+  problem.row_power = static_cast<T>(d.row_power);
+  problem.want_stats = d.want_stats;
   return problem;
 }
 

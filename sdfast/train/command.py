@@ -163,7 +163,7 @@ def _fit(arguments: argparse.Namespace, distiller: SelfDistiller, data: Dataset,
 
 def _say_if_no_op(arguments: argparse.Namespace) -> None:
     plain = arguments.method is not None or arguments.alpha == 1 or arguments.alpha_ratio == 0
-    if not plain and is_no_op(arguments.label_fn, arguments.temperature, arguments.loss, None):
+    if not plain and is_no_op(arguments.label_fn, arguments.temperature, arguments.loss, False):
         print(
             f"sdfast train: warning: --label-fn {arguments.label_fn} with --loss {arguments.loss} is plain training at "
             "alpha times the learning rate: the model's own predictions teach it nothing; use --label-fn hardmax"

@@ -21,6 +21,7 @@ from sdfast.ops.self_distillation.description import (
     REDUCTIONS,
     Description,
     accumulation_dtype,
+    packed,
 )
 from sdfast.ops.self_distillation.reference import self_distillation_reference
 
@@ -69,20 +70,16 @@ class Emulated:
     def forward(self, logits, want_gradient=True, want_stats=True, **options):
         o = coded(options)
         return self.ops._self_distillation(
-            logits, *(o[name] for name in TENSORS), o["alpha_value"], o["adaptive"], o["label_fn"],
-            o["label_parameter"], o["loss"], o["reduction"], o["ignore_index"], o["label_smoothing"], o["mixing"],
-            o["target_power"], o["row_power"], want_gradient, want_stats,
-        )  # fmt: skip
+            logits, *(o[name] for name in TENSORS), *packed(described(o), want_gradient, want_stats)
+        )
 
     def backward(self, upstream, state, logits, **options):
         o = coded(options)
         if o["adaptive"]:
             o["alpha"] = state[0]
         return self.ops._self_distillation_backward(
-            upstream, state, logits, *(o[name] for name in TENSORS), o["alpha_value"], o["label_fn"],
-            o["label_parameter"], o["loss"], o["ignore_index"], o["label_smoothing"], o["mixing"], o["target_power"],
-            o["row_power"],
-        )  # fmt: skip
+            upstream, state, logits, *(o[name] for name in TENSORS), *packed(described(o))
+        )
 
 
 def coded(options):
@@ -91,16 +88,16 @@ def coded(options):
     return {name: codes[name][value] if name in codes else value for name, value in o.items()}
 
 
+def described(o):
+    return Description(*(o[name] for name in Description._fields))
+
+
 def reference(logits, upstream=None, **options):
     """(loss, gradient, state) in float64."""
     o = coded(options)
     wide = logits.detach().double().requires_grad_()
     tensors = [o[n] if o[n] is None or not o[n].is_floating_point() else o[n].double() for n in TENSORS]
-    description = Description(
-        o["alpha_value"], o["adaptive"], o["label_fn"], o["label_parameter"], o["loss"], o["reduction"],
-        o["ignore_index"], o["label_smoothing"], o["mixing"], o["target_power"], o["row_power"],
-    )  # fmt: skip
-    value, state = self_distillation_reference(wide, *tensors, description)
+    value, state = self_distillation_reference(wide, *tensors, described(o))
     upstream = torch.ones_like(value) if upstream is None else upstream.double().expand_as(value)
     (gradient,) = torch.autograd.grad(value, wide, upstream, allow_unused=True)
     return value.detach(), torch.zeros_like(wide) if gradient is None else gradient, state

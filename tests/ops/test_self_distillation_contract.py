@@ -8,6 +8,7 @@ from helpers import DTYPES, backends
 
 import sdfast
 from sdfast import self_distillation_loss
+from sdfast.ops.self_distillation.description import Description, packed
 
 BACKENDS = backends()
 ALPHAS = {
@@ -28,14 +29,23 @@ def loss_and_gradient(function, logits):
     return loss.detach(), gradient
 
 
+DESCRIPTION = Description(0.4, False, 1, 1.0, 0, 1, -100, 0.1, 0, 2.0, 0.7)
+
+
 def operation_arguments(dtype, *, alpha=None, source=None, soft=False, reduction=1, want_gradient=True, adaptive=False):
     logits, labels = inputs(dtype=dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     labels = torch.rand(12, 7).softmax(-1) if soft else labels
+    description = DESCRIPTION._replace(row_power=0.0) if soft else DESCRIPTION
     return (
-        logits.detach(), labels, alpha, source, torch.rand(7, dtype=wide), torch.rand(12, dtype=wide),
-        0.4, adaptive, 1, 1.0, 0, reduction, -100, 0.1, 0, 2.0, 0.0 if soft else 0.7, want_gradient, True,
-    )  # fmt: skip
+        logits.detach(),
+        labels,
+        alpha,
+        source,
+        torch.rand(7, dtype=wide),
+        torch.rand(12, dtype=wide),
+        *packed(description._replace(adaptive=adaptive, reduction=reduction), want_gradient, want_stats=True),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -57,11 +67,8 @@ def test_opcheck_backward(dtype):
     for upstream in (torch.rand(12, dtype=state.dtype), torch.rand((), dtype=state.dtype)):
         torch.library.opcheck(
             torch.ops.sdfast._self_distillation_backward.default,
-            (
-                upstream, state, logits, labels, alpha, source, class_weight, row_weight, 0.4, 1, 1.0, 0, -100, 0.1, 0,
-                2.0, 0.7,
-            ),
-        )  # fmt: skip
+            (upstream, state, logits, labels, alpha, source, class_weight, row_weight, *packed(DESCRIPTION)),
+        )
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "kl", "mse", "brier"])

@@ -17,7 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sdfast
-from sdfast.ops.self_distillation.description import LABEL_FUNCTIONS, LOSSES, MIXINGS, REDUCTIONS
+from sdfast.ops.self_distillation.description import (
+    LABEL_FUNCTIONS,
+    LOSSES,
+    MIXINGS,
+    REDUCTIONS,
+    Description,
+    packed,
+)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -475,17 +482,18 @@ def test_inputs_are_not_changed():
 @pytest.mark.parametrize("want_gradient", [False, True])
 def test_opcheck(reduction, want_gradient):
     logits, labels, alpha = randn(3, 10, seed=44), indices(3, 10, 45), rand(3, seed=46)
-    code = (LABEL_FUNCTIONS["softmax"], 2.0, LOSSES["kl"])
-    shape = (MIXINGS["geometric"], 2.0, 0.7)
+    description = Description(
+        1.0, False, LABEL_FUNCTIONS["softmax"], 2.0, LOSSES["kl"], REDUCTIONS[reduction], -100, 0.1,
+        MIXINGS["geometric"], 2.0, 0.7,
+    )  # fmt: skip
     forward = torch.ops.sdfast._self_distillation_triton.default
     given = (alpha, randn(3, 10, seed=47), rand(10, seed=48), None)
-    options = (REDUCTIONS[reduction], -100, 0.1, *shape, want_gradient, True)
-    arguments = (logits, labels, *given, 1.0, False, *code, *options)
+    arguments = (logits, labels, *given, *packed(description, want_gradient, want_stats=True))
     torch.library.opcheck(forward, arguments)
     state = forward(*arguments)[2]
     upstream = torch.ones(3 if reduction == "none" else (), device=DEVICE)
     backward = torch.ops.sdfast._self_distillation_backward_triton.default
-    torch.library.opcheck(backward, (upstream, state, logits, labels, *given, 1.0, *code, -100, 0.1, *shape))
+    torch.library.opcheck(backward, (upstream, state, logits, labels, *given, *packed(description)))
 
 
 @compiled

@@ -83,7 +83,7 @@ def linear_self_distillation_loss(
     if rows.dim() == 2:
         got = f"{_checks.dtype_name(labels)} of shape {_checks.shape_text(labels)}"
         raise ValueError(f"labels: got {got}, wanted {tuple(logits.shape[:-1])} class indices, not probabilities")
-    arguments.check_options(loss, reduction, ignore_index, label_smoothing, class_weight, rows)
+    arguments.check_options(loss, reduction, ignore_index, label_smoothing, class_weight is not None, rows.dim() == 2)
     label_code, label_parameter = arguments.label_function(label_fn, temperature, loss)
     if class_weight is not None:
         class_weight = _checks.check_weight("class_weight", class_weight, logits.shape[-1:], "(one a class)", logits)
@@ -98,7 +98,7 @@ def linear_self_distillation_loss(
     if isinstance(alpha, AdaptiveAlpha) and (alpha.sync or chosen != "reference"):
         alpha = _counted_alpha(alpha, flat, weight, bias, rows, ignore_index, plan)
     mix, alpha_value, adaptive = arguments.mixing(alpha, logits, logits, rows, loss, ignore_index)
-    if arguments.is_no_op(label_fn, temperature, loss, class_weight):
+    if arguments.is_no_op(label_fn, temperature, loss, class_weight is not None):
         arguments.warn_no_op(plain=mix is None and not adaptive and alpha_value == 1)
     description = Description(
         alpha_value, adaptive, label_code, label_parameter, LOSSES[loss], REDUCTIONS[reduction], ignore_index,

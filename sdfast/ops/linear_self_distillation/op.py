@@ -22,7 +22,14 @@ from sdfast.ops.linear_chunks import (
     sweep,
 )
 from sdfast.ops.self_distillation import arguments
-from sdfast.ops.self_distillation.description import LOSSES, REDUCTIONS, STATE_SIZE, Description, accumulation_dtype
+from sdfast.ops.self_distillation.description import (
+    LOSSES,
+    REDUCTIONS,
+    STATE_SIZE,
+    Description,
+    accumulation_dtype,
+    packed,
+)
 from sdfast.ops.self_distillation.op import OPERATIONS, gradient_from_inputs, refuse_double_backward, scaled
 from sdfast.ops.self_distillation.reference import batch_accuracy
 
@@ -96,8 +103,8 @@ def _forward(
 
     def of_block(rows, logits):
         losses, gradient, state = _kernel(backend, "forward", logits)(
-            logits, labels[rows], rows_of(alpha, rows), None, class_weight, rows_of(row_weight, rows), *description,
-            any(wanted), want_stats,
+            logits, labels[rows], rows_of(alpha, rows), None, class_weight, rows_of(row_weight, rows),
+            *packed(description, any(wanted), want_stats),
         )  # fmt: skip
         into = value[rows] if value.dim() else value
         into += losses
@@ -134,7 +141,7 @@ def _backward(
         saved = (state, logits, labels[rows], rows_of(alpha, rows), None, class_weight, rows_of(row_weight, rows))
         operations = OPERATIONS[backend]._replace(backward=_kernel(backend, "backward", logits))
         of_rows = upstream[rows] if upstream.dim() else upstream
-        return gradient_from_inputs(operations, of_rows, saved, description)
+        return gradient_from_inputs(operations, of_rows, saved, packed(description))
 
     sweep([classifier], Plan(chunk, block, columns), of_block, gradients)
     return gradients.finished()

@@ -68,7 +68,9 @@ def elr_loss(
         _checks.check_logits(logits)
         labels = _checks.check_labels(logits, labels, regression=False)
         flat = logits.reshape(-1, logits.shape[-1])
-    arguments.check_options("cross_entropy", reduction, ignore_index, label_smoothing, class_weight, labels)
+    arguments.check_options(
+        "cross_entropy", reduction, ignore_index, label_smoothing, class_weight is not None, labels.dim() == 2
+    )
     check_rows("rows", rows, logits)
     if not _checks.is_number(strength) or not 0 <= strength <= _checks.LARGEST:
         raise ValueError(f"strength: got {strength!r}, wanted a finite number >= 0")

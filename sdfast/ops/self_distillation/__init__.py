@@ -7,7 +7,7 @@ from sdfast.ops.prediction_bank import op as prediction_bank  # a module: the tw
 from sdfast.ops.prediction_bank.bank import BankRows
 from sdfast.ops.self_distillation import arguments
 from sdfast.ops.self_distillation.arguments import AdaptiveAlpha, ClassPrior, ClipLabel, LossStats
-from sdfast.ops.self_distillation.description import LOSSES, MIXINGS, REDUCTIONS, Description
+from sdfast.ops.self_distillation.description import ADAPTIVE, PLAIN, WANT_STATS, unpacked
 from sdfast.ops.self_distillation.op import self_distillation
 from sdfast.ops.self_distillation.reference import self_distillation_reference
 from sdfast.ops.self_distillation.weights import (
@@ -118,8 +118,11 @@ def self_distillation_loss(
         _checks.check_logits(logits)
         rows = _checks.check_labels(logits, labels, loss == "mse")
         flat = logits.reshape(-1, logits.shape[-1])
-    arguments.check_options(loss, reduction, ignore_index, label_smoothing, class_weight, rows)
-    power, weight = 0.0, None
+    codes, numbers, no_op = arguments.checked_options(
+        loss, reduction, ignore_index, label_smoothing, label_fn, temperature, mixing, target_temperature,
+        class_weight is not None, len(rows.shape) == 2,
+    )  # fmt: skip
+    weight = None
     if row_weight is not None:
         power, weight = row_weights(
             row_weight, logits, labels, rows, loss, ignore_index,
@@ -129,23 +132,18 @@ def self_distillation_loss(
                 label_smoothing=label_smoothing, class_weight=class_weight, reduction="none", backend=backend,
             ),
         )  # fmt: skip
-    label_code, label_parameter = arguments.label_function(label_fn, temperature, loss)
-    reshaped = mixing != "arithmetic" or target_temperature != 1
-    target = (MIXINGS["arithmetic"], 1.0)
-    if reshaped:
-        target = arguments.target_shape(mixing, target_temperature, label_fn, loss, label_smoothing, rows)
+        if power:
+            numbers = [*(numbers or PLAIN)[:-1], power]
     mix, alpha_value, adaptive = arguments.mixing(alpha, logits, flat, rows, loss, ignore_index)
     if source is not None:
         source = arguments.source_rows(source, logits, label_fn)
-    elif not reshaped and arguments.is_no_op(label_fn, temperature, loss, class_weight):
+    elif no_op:
         arguments.warn_no_op(plain=mix is None and not adaptive and alpha_value == 1)
     if class_weight is not None:
         class_weight = _checks.check_weight("class_weight", class_weight, logits.shape[-1:], "(one a class)", logits)
-
-    description = Description(
-        alpha_value, adaptive, label_code, label_parameter, LOSSES[loss], REDUCTIONS[reduction],
-        ignore_index, label_smoothing, *target, power,
-    )  # fmt: skip
+    if adaptive:
+        codes |= ADAPTIVE
+    packed = (alpha_value, codes | WANT_STATS if return_stats else codes, ignore_index, numbers)
     rows_in = (flat, rows, mix, source, class_weight, weight)
     unserved = source.without_kernel(backend) if isinstance(source, BankRows) else ()
     chosen = _dispatch.choose(backend, logits.device.type, unserved)
@@ -153,11 +151,11 @@ def self_distillation_loss(
     if chosen == "reference":
         arguments.check_values(rows, mix, flat, loss, ignore_index)
     if isinstance(source, BankRows):
-        value, state = prediction_bank.prediction_bank_loss(chosen, *rows_in, description, return_stats)  # type: ignore[arg-type]
+        value, state = prediction_bank.prediction_bank_loss(chosen, *rows_in, unpacked(*packed), return_stats)  # type: ignore[arg-type]
     elif chosen == "reference":
-        value, state = self_distillation_reference(*rows_in, description)  # type: ignore[arg-type]
+        value, state = self_distillation_reference(*rows_in, unpacked(*packed))  # type: ignore[arg-type]
     else:
-        out = self_distillation(chosen, *rows_in, description, return_stats)
+        out = self_distillation(chosen, *rows_in, *packed)
         value, state = out if return_stats else (out, None)
     if reduction == "none" and logits.dim() != 2:
         value = value.reshape(logits.shape[:-1])

@@ -1,5 +1,6 @@
 """What the arguments of `self_distillation_loss` may be: their small types, their checks, their normal forms."""
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -9,7 +10,15 @@ from torch import Tensor
 
 from sdfast import _checks, _warnings
 from sdfast.ops.prediction_bank.bank import BankRows, check_rows
-from sdfast.ops.self_distillation.description import LABEL_FUNCTIONS, LOSSES, MIXINGS, REDUCTIONS, accumulation_dtype
+from sdfast.ops.self_distillation.description import (
+    LABEL_FUNCTIONS,
+    LOSSES,
+    MIXINGS,
+    REDUCTIONS,
+    accumulation_dtype,
+    packed_codes,
+    packed_numbers,
+)
 from sdfast.ops.self_distillation.reference import batch_accuracy
 
 
@@ -124,10 +133,61 @@ class LossStats(NamedTuple):
     agreement: Tensor
 
 
+class Options(NamedTuple):
+    """What the options of a call come to, whatever its tensors: parts of `description.Packed`, and a warning."""
+
+    codes: int
+    numbers: list[float] | None
+    no_op: bool  # with source=None
+
+
+def _check_and_pack(
+    loss: str, reduction: str, ignore_index: int, label_smoothing: float, label_fn: str | ClipLabel, temperature: float,
+    mixing: str, target_temperature: float, weighted: bool, soft: bool,
+) -> Options:  # fmt: skip
+    check_options(loss, reduction, ignore_index, label_smoothing, weighted, soft)
+    code, parameter = label_function(label_fn, temperature, loss)
+    mixing_code, power = MIXINGS["arithmetic"], 1.0
+    reshaped = mixing != "arithmetic" or target_temperature != 1
+    if reshaped:
+        mixing_code, power = target_shape(mixing, target_temperature, label_fn, loss, label_smoothing, soft)
+    return Options(
+        packed_codes(code, LOSSES[loss], REDUCTIONS[reduction], mixing_code),
+        packed_numbers(parameter, label_smoothing, power, 0.0),
+        not reshaped and is_no_op(label_fn, temperature, loss, weighted),
+    )
+
+
+_remembered = functools.lru_cache(maxsize=256, typed=True)(_check_and_pack)  # typed: True is no number
+
+
+def checked_options(*options: Any) -> Options:
+    """The options checked and packed, once for each combination; their order as `_check_and_pack` has it."""
+    if torch.compiler.is_compiling():
+        return _check_and_pack(*options)
+    try:
+        return _remembered(*options)
+    except TypeError:  # one cannot be hashed, or is refused: then again, by its name
+        return _check_and_pack(*options)
+
+
 def check_options(
-    loss: str, reduction: str, ignore_index: int, label_smoothing: float, class_weight: Tensor | None, labels: Tensor
+    loss: str, reduction: str, ignore_index: int, label_smoothing: float, weighted: bool, soft: bool
 ) -> None:
-    """Refuses options that do not exist or do not go together; `labels` as `_checks.check_labels` returns them."""
+    """Refuses options that do not exist or do not go together.
+
+    Args:
+        loss: As in `self_distillation_loss`.
+        reduction: As there.
+        ignore_index: As there.
+        label_smoothing: As there.
+        weighted: Whether there is a class_weight.
+        soft: Whether the labels are rows, and not indices.
+
+    Raises:
+        TypeError: An option is of the wrong type.
+        ValueError: An option does not exist, or does not go with another.
+    """
     if type(loss) is not str or loss not in LOSSES:
         _checks.check_option("loss", loss, LOSSES)
     if type(reduction) is not str or reduction not in REDUCTIONS:
@@ -136,9 +196,9 @@ def check_options(
         raise TypeError(f"ignore_index: got {type(ignore_index).__name__}, wanted an integer")
     if not _checks.is_number(label_smoothing) or not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: got {label_smoothing!r}, wanted a number in [0, 1]")
-    if class_weight is not None and loss not in ("cross_entropy", "kl"):
+    if weighted and loss not in ("cross_entropy", "kl"):
         raise ValueError(f"class_weight: goes with loss='cross_entropy' or 'kl' only, got loss={loss!r}")
-    if labels.dim() == 2:
+    if soft:
         if ignore_index != -100:
             raise ValueError(f"ignore_index: got {ignore_index!r}, but labels that are not indices ignore no row")
         if label_smoothing and loss == "mse":
@@ -164,9 +224,9 @@ def label_function(label_fn: str | ClipLabel, temperature: float, loss: str) -> 
 
 
 def target_shape(
-    mixing: str, target_temperature: float, label_fn: str | ClipLabel, loss: str, label_smoothing: float, labels: Tensor
+    mixing: str, target_temperature: float, label_fn: str | ClipLabel, loss: str, label_smoothing: float, soft: bool
 ) -> tuple[int, float]:
-    """(code of the mean, 1 / temperature) of the mixed target; `labels` as `_checks.check_labels` returns them."""
+    """(code of the mean, 1 / temperature) of the mixed target; `soft` as in `check_options`."""
     _checks.check_option("mixing", mixing, MIXINGS)
     if not _checks.is_number(target_temperature) or not 1e-30 <= target_temperature <= 1:
         raise ValueError(
@@ -181,7 +241,7 @@ def target_shape(
             raise ValueError(
                 f"mixing: 'geometric' wants label_fn='softmax', got {label_fn!r}, whose zeros leave no class in common"
             )
-        if labels.dim() == 1 and label_smoothing == 0:
+        if not soft and label_smoothing == 0:
             raise ValueError(
                 "mixing: 'geometric' with index labels wants label_smoothing > 0, got 0: the zeros of a one-hot label "
                 "silence the source"
@@ -251,11 +311,11 @@ def source_rows(source: Tensor | ClassPrior | BankRows, logits: Tensor, label_fn
     return _checks.rows_beside("source", source, logits)
 
 
-def is_no_op(label_fn: str | ClipLabel, temperature: float, loss: str, class_weight: Tensor | None) -> bool:
+def is_no_op(label_fn: str | ClipLabel, temperature: float, loss: str, weighted: bool) -> bool:
     """Whether a target from the logits themselves has no gradient beyond the plain loss's, times α."""
     if loss == "mse":
         return label_fn == "identity"
-    return label_fn == "softmax" and temperature == 1 and class_weight is None
+    return label_fn == "softmax" and temperature == 1 and not weighted
 
 
 _warned = False

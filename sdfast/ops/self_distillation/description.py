@@ -36,3 +36,45 @@ class Description(NamedTuple):
     mixing: int = MIXINGS["arithmetic"]
     target_power: float = 1.0  # 1 / target temperature
     row_power: float = 0.0  # q of a row's weight p_label^q; 0 is no weight
+
+
+# A description as the operations take it: (alpha_value, codes, ignore_index, numbers). The dispatcher's time grows with
+# every argument, which shows at 128 x 10, so the codes share an integer, as `csrc/self_distillation/description.h`
+# takes it apart, and the numbers come only where one of them is not `PLAIN`.
+Packed = tuple[float, int, int, list[float] | None]
+
+LABEL_FUNCTION_BIT, LOSS_BIT, REDUCTION_BIT, MIXING_BIT = 0, 2, 4, 6
+ADAPTIVE, WANT_GRADIENT, WANT_STATS = 1 << 7, 1 << 8, 1 << 9
+PLAIN = (1.0, 0.0, 1.0, 0.0)  # label_parameter, label_smoothing, target_power, row_power
+
+
+def packed_codes(label_fn: int, loss: int, reduction: int, mixing: int) -> int:
+    """The four codes in one integer."""
+    return label_fn << LABEL_FUNCTION_BIT | loss << LOSS_BIT | reduction << REDUCTION_BIT | mixing << MIXING_BIT
+
+
+def packed_numbers(*numbers: float) -> list[float] | None:
+    """`numbers` in the order of `PLAIN`, or ``None`` for those."""
+    return None if numbers == PLAIN else [float(number) for number in numbers]
+
+
+def packed(d: Description, want_gradient: bool = False, want_stats: bool = False) -> Packed:
+    """The description as the operations take it, with what is wanted of the forward."""
+    codes = packed_codes(d.label_fn, d.loss, d.reduction, d.mixing)
+    codes |= ADAPTIVE * d.adaptive | WANT_GRADIENT * want_gradient | WANT_STATS * want_stats
+    numbers = packed_numbers(d.label_parameter, d.label_smoothing, d.target_power, d.row_power)
+    return d.alpha_value, codes, d.ignore_index, numbers
+
+
+def unpacked(alpha_value: float, codes: int, ignore_index: int, numbers: list[float] | None) -> Description:
+    """The description that `packed` made this of."""
+    parameter, smoothing, target_power, row_power = PLAIN if numbers is None else numbers
+    return Description(
+        alpha_value, bool(codes & ADAPTIVE), codes >> LABEL_FUNCTION_BIT & 3, parameter, codes >> LOSS_BIT & 3,
+        reduction_of(codes), ignore_index, smoothing, codes >> MIXING_BIT & 1, target_power, row_power,
+    )  # fmt: skip
+
+
+def reduction_of(codes: int) -> int:
+    """The reduction's code among the packed ones."""
+    return codes >> REDUCTION_BIT & 3

@@ -10,17 +10,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sdfast.ops.self_distillation.description import REDUCTIONS, STATE_SIZE, Description, accumulation_dtype
+from sdfast.ops.self_distillation.description import (
+    ADAPTIVE,
+    REDUCTIONS,
+    STATE_SIZE,
+    WANT_GRADIENT,
+    WANT_STATS,
+    Packed,
+    accumulation_dtype,
+    reduction_of,
+)
 
 _TENSORS = "Tensor logits, Tensor labels, Tensor? alpha, Tensor? source, Tensor? class_weight, Tensor? row_weight"
+_DESCRIPTION = "float alpha_value, int codes, int ignore_index, float[]? numbers"  # `description.Packed`
 _SCHEMAS = (
-    f"_self_distillation{{suffix}}({_TENSORS}, float alpha_value, bool adaptive, int label_fn, float label_parameter, "
-    "int loss, int reduction, int ignore_index, float label_smoothing, int mixing, float target_power, "
-    "float row_power, bool want_gradient, bool want_stats) "
-    "-> (Tensor loss, Tensor gradient, Tensor state)",
-    f"_self_distillation_backward{{suffix}}(Tensor upstream, Tensor state, {_TENSORS}, float alpha_value, "
-    "int label_fn, float label_parameter, int loss, int ignore_index, float label_smoothing, int mixing, "
-    "float target_power, float row_power) -> Tensor gradient",
+    f"_self_distillation{{suffix}}({_TENSORS}, {_DESCRIPTION}) -> (Tensor loss, Tensor gradient, Tensor state)",
+    f"_self_distillation_backward{{suffix}}(Tensor upstream, Tensor state, {_TENSORS}, {_DESCRIPTION}) "
+    "-> Tensor gradient",
     # On a GPU, where the host does not know the upstream gradient: leaves at once if that is 1.
     "_scale_in_place{suffix}(Tensor(a!) gradient, Tensor upstream) -> ()",
 )
@@ -31,16 +37,14 @@ for _suffix in ("", "_triton"):
         library.define(_schema.format(suffix=_suffix))
 
 
-def _fake_forward(
-    logits, labels, alpha, source, class_weight, row_weight, alpha_value, adaptive, label_fn, label_parameter, loss,
-    reduction, ignore_index, label_smoothing, mixing, target_power, row_power, want_gradient, want_stats,
-):  # fmt: skip
+def _fake_forward(logits, labels, alpha, source, class_weight, row_weight, alpha_value, codes, ignore_index, numbers):
     rows, classes = logits.shape
     dtype = accumulation_dtype(logits.dtype)
+    want_state = codes & WANT_STATS or not codes & WANT_GRADIENT
     return (
-        logits.new_empty((rows,) if reduction == REDUCTIONS["none"] else (), dtype=dtype),
-        logits.new_empty((rows, classes) if want_gradient else (0,)),
-        logits.new_empty((STATE_SIZE,) if want_stats or not want_gradient else (0,), dtype=dtype),
+        logits.new_empty((rows,) if reduction_of(codes) == REDUCTIONS["none"] else (), dtype=dtype),
+        logits.new_empty((rows, classes) if codes & WANT_GRADIENT else (0,)),
+        logits.new_empty((STATE_SIZE,) if want_state else (0,), dtype=dtype),
     )
 
 
@@ -80,7 +84,7 @@ for _key in ("CPU", "CUDA", "XPU"):  # CPU tensors: in Triton's interpreter
 class _Operations(NamedTuple):
     forward: Callable[..., Any]
     backward: Callable[..., Any]
-    scale_in_place: torch._ops.OpOverload
+    scale_in_place: Callable[..., Any]
 
 
 _NATIVE = _Operations(
@@ -94,31 +98,40 @@ _TRITON = _Operations(
     torch.ops.sdfast._scale_in_place_triton.default,
 )
 OPERATIONS = {"cpu": _NATIVE, "cuda": _NATIVE, "triton": _TRITON}
+# In eager code past the Python part of an operation's call; compiled code wants the operations themselves.
+_EAGER = {
+    name: _Operations(*(operation._op for operation in operations))  # type: ignore[attr-defined]
+    for name, operations in OPERATIONS.items()
+}
 
 
 class SelfDistillation(torch.autograd.Function):
-    """Loss of the rows of (N, C) logits; with `want_stats` also the state, which carries no gradient.
+    """Loss of the rows of (N, C) logits; with `WANT_STATS` also the state, which carries no gradient.
 
     `forward` takes `ctx` itself: a separate `setup_context` makes every call inspect signatures, and costs more than
     the kernel at 128 x 10.
     """
 
     @staticmethod
-    def forward(ctx, backend, logits, labels, alpha, source, class_weight, row_weight, description, want_stats):
+    def forward(
+        ctx, backend, logits, labels, alpha, source, class_weight, row_weight, alpha_value, codes, ignore_index, numbers
+    ):
         """Computes the loss, and the gradient too where it is wanted and reduced."""
         wanted = ctx.needs_input_grad[1]
-        now = wanted and writes_gradient_early(backend, logits.dtype, description.reduction)
-        value, gradient, state = OPERATIONS[backend].forward(
-            logits, labels, alpha, source, class_weight, row_weight, *description, now, want_stats
-        )
+        now = wanted and writes_gradient_early(backend, logits.dtype, reduction_of(codes))
+        run = (OPERATIONS if torch.compiler.is_compiling() else _EAGER)[backend].forward
+        value, gradient, state = run(
+            logits, labels, alpha, source, class_weight, row_weight, alpha_value,
+            codes | WANT_GRADIENT if now else codes, ignore_index, numbers,
+        )  # fmt: skip
         ctx.set_materialize_grads(False)
         ctx.backend = backend
         if now:
             ctx.save_for_backward(gradient)
         elif wanted:
-            ctx.description = description
+            ctx.packed = alpha_value, codes, ignore_index, numbers
             ctx.save_for_backward(state, logits, labels, alpha, source, class_weight, row_weight)
-        if not want_stats:
+        if not codes & WANT_STATS:
             return value
         ctx.mark_non_differentiable(state)
         return value, state
@@ -128,13 +141,13 @@ class SelfDistillation(torch.autograd.Function):
         """Scales the gradient of the forward, or computes it from the saved inputs."""
         refuse_double_backward("self_distillation_loss")
         if upstream is None:
-            return (None,) * 9
+            return (None,) * 11
         saved = ctx.saved_tensors  # read once: activation checkpointing unpacks them only once
         if len(saved) == 1:
             gradient = scaled(saved[0], upstream, ctx.backend)
         else:
-            gradient = gradient_from_inputs(OPERATIONS[ctx.backend], upstream, saved, ctx.description)
-        return None, gradient, None, None, None, None, None, None, None
+            gradient = gradient_from_inputs(OPERATIONS[ctx.backend], upstream, saved, ctx.packed)
+        return None, gradient, *(None,) * 9
 
 
 def refuse_double_backward(name: str) -> None:
@@ -184,15 +197,13 @@ _apply = super(torch.autograd.Function, SelfDistillation).apply
 
 
 def self_distillation(*arguments):
-    """The rows' loss; with `want_stats` the pair (loss, state). Arguments as `SelfDistillation.forward` has them."""
+    """The rows' loss; with `WANT_STATS` the pair (loss, state). Arguments as `SelfDistillation.forward` has them."""
     return SelfDistillation.apply(*arguments) if torch.compiler.is_compiling() else _apply(*arguments)
 
 
-def gradient_from_inputs(operations: _Operations, upstream: Tensor, saved: tuple, d: Description) -> Tensor:
+def gradient_from_inputs(operations: _Operations, upstream: Tensor, saved: tuple, packed: Packed) -> Tensor:
     """The gradient for any upstream gradient; `saved` is the state and the six tensors of the loss."""
-    state, logits, labels, alpha, source, class_weight, row_weight = saved
-    return operations.backward(
-        upstream, state, logits, labels, state[0] if d.adaptive else alpha, source, class_weight, row_weight,
-        d.alpha_value, d.label_fn, d.label_parameter, d.loss, d.ignore_index, d.label_smoothing, d.mixing,
-        d.target_power, d.row_power,
-    )  # fmt: skip
+    state, logits, labels, alpha, *others = saved
+    if packed[1] & ADAPTIVE:
+        alpha = state[0]
+    return operations.backward(upstream, state, logits, labels, alpha, *others, *packed)

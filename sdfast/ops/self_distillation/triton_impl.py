@@ -27,7 +27,11 @@ from sdfast.ops.self_distillation.description import (
     MIXINGS,
     REDUCTIONS,
     STATE_SIZE,
+    WANT_GRADIENT,
+    WANT_STATS,
+    Description,
     accumulation_dtype,
+    unpacked,
 )
 from sdfast.ops.self_distillation.triton_batch import MAX_COUNT_BLOCKS, SUM_BLOCK, count_kernel
 from sdfast.ops.self_distillation.triton_kernels import rows_kernel, scale_kernel
@@ -75,27 +79,20 @@ def forward(
     class_weight: Tensor | None,  # (C,)
     row_weight: Tensor | None,  # (N,)
     alpha_value: float,
-    adaptive: bool,
-    label_fn: int,
-    label_parameter: float,
-    loss: int,
-    reduction: int,
+    codes: int,
     ignore_index: int,
-    label_smoothing: float,
-    mixing: int,
-    target_power: float,
-    row_power: float,
-    want_gradient: bool,
-    want_stats: bool,
+    numbers: list[float] | None,
     into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`_self_distillation_triton`: (loss, gradient, state) as the operation's schema has them.
 
     The gradient may go `into` a contiguous tensor, the logits themselves too: a tile is read before it is written.
     """
+    d = unpacked(alpha_value, codes, ignore_index, numbers)
+    want_gradient, want_stats = bool(codes & WANT_GRADIENT), bool(codes & WANT_STATS)
     rows, classes = logits.shape
     real = accumulation_dtype(logits.dtype)
-    reduced = reduction != REDUCTIONS["none"]
+    reduced = d.reduction != REDUCTIONS["none"]
     value = logits.new_empty(() if reduced else (rows,), dtype=real)
     gradient = logits.new_empty((rows, classes) if want_gradient else (0,)) if into is None else into
     want_state = want_stats or not want_gradient
@@ -104,11 +101,10 @@ def forward(
     summed = reduced or want_stats
     with _devices.current(logits):
         counts: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
-        if adaptive or (reduction == REDUCTIONS["mean"] and labels.dim() == 1 and rows > COUNT_IN_PROGRAM):
-            counts = count(logits, labels, class_weight, adaptive, ignore_index)
+        if d.adaptive or (d.reduction == REDUCTIONS["mean"] and labels.dim() == 1 and rows > COUNT_IN_PROGRAM):
+            counts = count(logits, labels, class_weight, d.adaptive, ignore_index)
         _launch(
-            programs, logits, labels, alpha, source, class_weight, row_weight, alpha_value, adaptive, label_fn,
-            label_parameter, loss, ignore_index, label_smoothing, mixing, target_power, row_power, reduction=reduction,
+            programs, logits, labels, alpha, source, class_weight, row_weight, d,
             counts=counts, state=state if want_state else None, gradient=gradient if want_gradient else None,
             loss_out=value, partials=logits.new_empty((PARTIALS, programs), dtype=real) if summed else None,
             arrivals=arrival_counter(logits.device) if summed else None, want_stats=want_stats,
@@ -126,24 +122,19 @@ def backward(
     class_weight: Tensor | None,  # (C,)
     row_weight: Tensor | None,  # (N,)
     alpha_value: float,
-    label_fn: int,
-    label_parameter: float,
-    loss: int,
+    codes: int,
     ignore_index: int,
-    label_smoothing: float,
-    mixing: int,
-    target_power: float,
-    row_power: float,
+    numbers: list[float] | None,
     into: Tensor | None = None,
 ) -> Tensor:
     """`_self_distillation_backward_triton`: the gradient for any upstream gradient, which is folded in."""
     gradient = logits.new_empty(logits.shape) if into is None else into
+    d = unpacked(alpha_value, codes, ignore_index, numbers)._replace(adaptive=False, reduction=REDUCTIONS["none"])
     programs = max(1, triton.cdiv(logits.shape[0], tiling(logits.shape[1]).rows))
     with _devices.current(logits):
         _launch(
-            programs, logits, labels, alpha, source, class_weight, row_weight, alpha_value, False, label_fn,
-            label_parameter, loss, ignore_index, label_smoothing, mixing, target_power, row_power, state=state,
-            gradient=gradient, upstream=upstream,
+            programs, logits, labels, alpha, source, class_weight, row_weight, d, state=state, gradient=gradient,
+            upstream=upstream,
         )  # fmt: skip
     return gradient
 
@@ -185,10 +176,7 @@ def count(
 
 def _launch(
     programs: int, logits: Tensor, labels: Tensor, alpha: Tensor | None, source: Tensor | None,
-    class_weight: Tensor | None, row_weight: Tensor | None, alpha_value: float, adaptive: bool, label_fn: int,
-    label_parameter: float, loss: int, ignore_index: int, label_smoothing: float, mixing: int, target_power: float,
-    row_power: float, *,
-    reduction: int = REDUCTIONS["none"],
+    class_weight: Tensor | None, row_weight: Tensor | None, d: Description, *,
     counts: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None), upstream: Tensor | None = None,
     state: Tensor | None = None, gradient: Tensor | None = None, loss_out: Tensor | None = None,
     partials: Tensor | None = None, arrivals: Tensor | None = None, want_stats: bool = False,
@@ -196,19 +184,18 @@ def _launch(
     rows, classes = logits.shape
     tile = tiling(classes)
     soft = labels.dim() == 2
-    if alpha is None and not adaptive and alpha_value == 1:
-        label_fn, source, mixing = NO_LABEL_FUNCTION.value, None, MIXINGS["arithmetic"]
-    share_exp = (
-        source is None and label_fn == LABEL_FUNCTIONS["softmax"] and label_parameter == 1 and loss != LOSSES["mse"]
-    )
+    if alpha is None and not d.adaptive and d.alpha_value == 1:
+        d, source = d._replace(label_fn=NO_LABEL_FUNCTION.value, mixing=MIXINGS["arithmetic"]), None
+    own_softmax = source is None and d.label_fn == LABEL_FUNCTIONS["softmax"] and d.label_parameter == 1
+    share_exp = own_softmax and d.loss != LOSSES["mse"]
     rows_kernel[(programs,)](
         logits, labels, alpha, source, class_weight, row_weight, *counts, upstream, state, gradient, loss_out, partials,
         arrivals, *logits.stride(), *label_strides(labels), *((0, 0) if source is None else source.stride()),
-        upstream.stride(0) if upstream is not None and upstream.dim() else 0, alpha_value, label_parameter,
-        label_smoothing, target_power, row_power, rows, classes,
+        upstream.stride(0) if upstream is not None and upstream.dim() else 0, d.alpha_value, d.label_parameter,
+        d.label_smoothing, d.target_power, d.row_power, rows, classes,
         next((count.numel() for count in counts if count is not None), 0),
-        ignore_index, loss, label_fn, mixing == MIXINGS["geometric"], target_power != 1, row_power != 0, reduction,
-        soft, adaptive, alpha is not None and alpha.dim() == 1, share_exp,
+        d.ignore_index, d.loss, d.label_fn, d.mixing == MIXINGS["geometric"], d.target_power != 1, d.row_power != 0,
+        d.reduction, soft, d.adaptive, alpha is not None and alpha.dim() == 1, share_exp,
         upstream is not None, want_stats, soft and classes == 1, tile.rows, tile.columns, tile.one_tile,
         stages(logits, labels if soft else None, source, class_weight), REAL[accumulation_dtype(logits.dtype)],
         num_warps=tile.warps,
