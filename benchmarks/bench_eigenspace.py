@@ -10,6 +10,7 @@ import functools
 import warnings
 
 import numpy as np
+import pytest
 import torch
 from scipy.sparse.linalg import eigsh
 from sklearn.utils.extmath import randomized_svd
@@ -17,17 +18,22 @@ from torch.func import functional_call, grad, vmap
 
 import sdfast
 from benchmarks.harness import Case, interleaved, measure
+from benchmarks.shapes import ON_GPU, TINY
 from sdfast.ntk.eigenspace import eigenspace
 
 RESIDUAL = 1e-5
 SPECTRA = ("NTK", "1/i", "1/i²", "flat tail")
 GROUPS = [f"{spectrum} n={n} k={k}" for n in (2000, 8000) for spectrum in SPECTRA for k in (5, 100)]
+GPU_GROUPS = ("1/i n=60 k=5",) if TINY else ("1/i n=8000 k=100", "NTK n=50000 k=100", "1/i n=50000 k=100")
 PEERS = {"eigsh": "eigsh", "lobpcg": "torch.lobpcg", "randomized_svd": "randomized_svd", "eigh": "torch.linalg.eigh"}
 TARGETS = {
     group: {"sdfast": (0.56 if "k=5" in group else 0.83 if "1/i " in group or "flat" in group else 0.25,) + (None,) * 3}
     for group in GROUPS
     if "n=8000" in group
 }
+if ON_GPU:
+    PEERS = {"lobpcg": "torch.lobpcg", "svd_lowrank": "torch.svd_lowrank"}
+    TARGETS = {group: {"sdfast": (None, None)} for group in GPU_GROUPS}
 
 
 @functools.lru_cache(maxsize=1)
@@ -142,11 +148,80 @@ def prepare(group, name):
     return Case(lambda: function(matrix, k, setting), floor_bytes=2 * n * n, rounds=1, about=about)
 
 
+def reflected(spectrum, n, k):
+    """The same matrix on a GPU, in float32 from the start."""
+    values = torch.tensor(spectrum_of(spectrum, n, k).copy(), dtype=torch.float32)
+    matrix = torch.diag(values[torch.randperm(n)])
+    for _ in range(8):
+        v = torch.nn.functional.normalize(torch.randn(n), dim=0)
+        image = matrix @ v
+        image -= (v @ image) * v
+        matrix.addr_(v, image, alpha=-2).addr_(image, v, alpha=-2)
+    for i in range(0, n, 1000):  # the same bits on both sides
+        matrix[i : i + 1000, i + 1000 :] = matrix[i + 1000 :, i : i + 1000].T
+        block = matrix[i : i + 1000, i : i + 1000]
+        block.copy_(block.tril() + block.tril(-1).T)
+    return matrix
+
+
+@functools.lru_cache(maxsize=1)
+def matrix_on_gpu(group):
+    """(matrix, k)"""
+    spectrum, points, count = group.rsplit(" ", 2)
+    n, k = int(points[2:]), int(count[2:])
+    return reflected(spectrum, n, k), k
+
+
+def lobpcg_on_gpu(matrix, k):
+    """torch.lobpcg for forty iterations from a random start."""
+    return torch.lobpcg(matrix, k, niter=40)
+
+
+def svd_on_gpu(matrix, k):
+    """torch.svd_lowrank with four power iterations."""
+    left, values, _ = torch.svd_lowrank(matrix, k, niter=4)
+    return values, left
+
+
+ON_DEVICE = {
+    "sdfast": lambda matrix, k: (lambda space: (space.values, space.vectors))(eigenspace(matrix, k)),
+    "torch.lobpcg": lobpcg_on_gpu,
+    "torch.svd_lowrank": svd_on_gpu,
+}
+
+
+def prepare_on_gpu(group, name):
+    """A row's step, and the residual that it comes to."""
+    matrix, k = matrix_on_gpu(group)
+    n, step = len(matrix), functools.partial(ON_DEVICE[name], matrix, k)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        values, vectors = step()
+    vectors = torch.nn.functional.normalize(vectors.double(), dim=0)
+    image = torch.cat([part.double() @ vectors for part in matrix.split(2000)])
+    residual = ((image - vectors * values.double()).norm(dim=0).max() / values.max()).item()
+    if name == "sdfast" and residual > RESIDUAL:
+        raise RuntimeError(f"{group}: our residual is {residual:.3g}")
+    about = {"residual": residual, "reached": bool(residual <= RESIDUAL), "dtype": "float32"}
+    return Case(step, floor_bytes=2 * n * n, rounds=1, about=about)
+
+
+needs_no_gpu = pytest.mark.skipif(ON_GPU, reason="these arrays are NumPy's: no figure of a GPU's")
+
+
+@pytest.mark.skipif(not ON_GPU, reason="a GPU's matrices")
+@interleaved(GPU_GROUPS, ON_DEVICE)
+def test_on_gpu(benchmark, group, turn, name):
+    measure(benchmark, group, turn, name, prepare_on_gpu)
+
+
+@needs_no_gpu
 @interleaved([group for group in GROUPS if "n=2000" in group], ROWS, turns=5)
 def test_small(benchmark, group, turn, name):
     measure(benchmark, group, turn, name, prepare)
 
 
+@needs_no_gpu
 @interleaved([group for group in GROUPS if "n=8000" in group], [name for name in ROWS if "eigh" not in name], turns=5)
 def test_large(benchmark, group, turn, name):
     measure(benchmark, group, turn, name, prepare)

@@ -9,14 +9,21 @@ import functools
 import torch
 
 from benchmarks.harness import Case, interleaved, measure
+from benchmarks.shapes import ON_GPU, TINY, sized
 from sdfast.ops.gram import add_gram, add_hadamard_gram
 from sdfast.ops.gram.reference import hadamard_reference, product_reference
 
 PEERS = {"torch": "torch:"}
 ROWS_OF = {"rows n=128": (128, 65536), "rows n=1000": (1000, 16384)}  # columns as a panel has them
 LAYERS_OF = {"MLP n=1000": (1000, ((784, 2048), (2048, 2048), (2048, 10)))}
+if ON_GPU:
+    ROWS_OF["rows n=8192"] = (8192, 16384)
+    LAYERS_OF["MLP n=8192"] = (8192, LAYERS_OF["MLP n=1000"][1])
+if TINY:
+    ROWS_OF = {group: sized(*sizes) for group, sizes in ROWS_OF.items()}
+    LAYERS_OF = {group: (*sized(n), tuple(map(lambda pair: sized(*pair), pairs))) for group, (n, pairs) in LAYERS_OF.items()}
 GROUPS = (*ROWS_OF, *LAYERS_OF)
-TARGETS = {group: {"sdfast": (None,)} for group in ("rows n=1000", "rows n=128", "MLP n=1000")}
+TARGETS = {group: {"sdfast": (None,)} for group in GROUPS}
 NAMES = ("torch: whole square", "sdfast")
 
 

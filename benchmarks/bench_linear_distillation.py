@@ -58,10 +58,10 @@ def step(function, hidden, weight, *rest):
 @functools.lru_cache(maxsize=1)
 def inputs(group):
     """(hidden, weight, teacher's hidden, teacher's weight, labels)"""
-    rows, width, classes = LINEAR_SHAPES[group]
+    rows, width, classes, dtype = LINEAR_SHAPES[group]
     student = torch.randn(rows, width), torch.randn(classes, width) / width**0.5
     teacher = torch.randn(rows, 2 * width), torch.randn(classes, 2 * width) / width**0.5
-    return *student, *teacher, torch.randint(0, classes, (rows,))
+    return *(tensor.to(dtype) for tensor in (*student, *teacher)), torch.randint(0, classes, (rows,))
 
 
 def first_rows(group, count=256):
@@ -85,15 +85,20 @@ def check(function, group):
     """Refuses to time a wrong gradient."""
     if function is not products:
         for got, want in zip(step(function, *first_rows(group)), exact(group), strict=True):
-            torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-7)
+            torch.testing.assert_close(got.double(), want, **LINEAR_SHAPES[group].tolerance())
 
 
 def prepare(group, name):
     """A row's step, checked."""
-    rows, width, classes = LINEAR_SHAPES[group]
+    rows, width, classes, dtype = LINEAR_SHAPES[group]
     check(ROWS[name], group)
     flops = (6 + 2 * 2) * rows * width * classes  # three products of the student, one of a teacher twice as wide
-    return Case(lambda: step(ROWS[name], *inputs(group)), floor_flops=flops, rounds=1, about={"dtype": "float32"})
+    # The student's read and their gradients written; the teacher's, twice as wide, read.
+    moved = 4 * (rows + classes) * width * dtype.itemsize
+    about = {"dtype": str(dtype).removeprefix("torch.")}
+    return Case(
+        lambda: step(ROWS[name], *inputs(group)), floor_bytes=moved, floor_flops=flops, rounds=1, about=about
+    )
 
 
 @interleaved(LINEAR_SHAPES, ROWS)

@@ -55,11 +55,20 @@ def liger(hidden, weight, labels):
     return LigerFusedLinearCrossEntropyLoss()(weight, hidden, labels)
 
 
+def cut_cross_entropy(hidden, weight, labels):
+    """Apple's: hard labels, gradients below a threshold left out."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(hidden, weight, labels)
+
+
 ROWS = {"GEMMs": products, "eager": eager, "sdfast": ours, "sdfast unfused": ours_unfused}
 if hasattr(F, "linear_cross_entropy"):  # torch >= 2.13
     ROWS["F.linear_cross_entropy"] = linear_cross_entropy
 if DEVICE.type == "cuda" and importlib.util.find_spec("liger_kernel"):
     ROWS["Liger-Kernel"] = liger
+if DEVICE.type == "cuda" and importlib.util.find_spec("cut_cross_entropy"):
+    ROWS["cut-cross-entropy"] = cut_cross_entropy
 
 
 def step(function, hidden, weight, labels):
@@ -74,8 +83,9 @@ def step(function, hidden, weight, labels):
 @functools.lru_cache(maxsize=1)
 def inputs(group):
     """(hidden, weight, labels)"""
-    rows, width, classes = LINEAR_SHAPES[group]
-    return torch.randn(rows, width), torch.randn(classes, width) / width**0.5, torch.randint(0, classes, (rows,))
+    rows, width, classes, dtype = LINEAR_SHAPES[group]
+    hidden, weight = torch.randn(rows, width).to(dtype), (torch.randn(classes, width) / width**0.5).to(dtype)
+    return hidden, weight, torch.randint(0, classes, (rows,))
 
 
 @functools.lru_cache(maxsize=1)
@@ -92,17 +102,19 @@ def check(function, group):
     if function in (eager, ours, ours_unfused):
         hidden, weight, labels = inputs(group)
         for got, want in zip(step(function, hidden[:256], weight, labels[:256]), exact(group), strict=True):
-            torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-7)
+            torch.testing.assert_close(got.double(), want, **LINEAR_SHAPES[group].tolerance())
 
 
 def prepare(group, name):
     """A row's step, checked."""
-    rows, width, classes = LINEAR_SHAPES[group]
+    rows, width, classes, dtype = LINEAR_SHAPES[group]
     check(ROWS[name], group)
+    about = {"dtype": str(dtype).removeprefix("torch.")}
+    # Three products; hidden states and weight read, their gradients written.
+    flops, moved = 6 * rows * width * classes, 2 * (rows + classes) * width * dtype.itemsize
     return Case(
-        lambda: step(ROWS[name], *inputs(group)), floor_flops=6 * rows * width * classes, rounds=1,
-        about={"dtype": "float32"},
-    )  # fmt: skip
+        lambda: step(ROWS[name], *inputs(group)), floor_bytes=moved, floor_flops=flops, rounds=1, about=about
+    )
 
 
 @interleaved(LINEAR_SHAPES, ROWS)

@@ -140,7 +140,16 @@ def ready(group, name, step, wanted):
         tracemalloc.stop()
     np.testing.assert_allclose(got, wanted, rtol=1e-4 if "brentq" in name else 1e-7)
     about = {"dtype": "float64", "peak_bytes": peak}
-    return Case(step, rounds=1 if group in LONG else None, about=about)
+    return Case(step, floor_flops=floor_flops(group), rounds=1 if group in LONG else None, about=about)
+
+
+def floor_flops(group):
+    """One evaluation of every output's equation a round, five operations a point; from the Gram matrix its n³ · 4 / 3."""
+    if group in MULTIPLIERS:
+        points, outputs, rounds = MULTIPLIERS[group]
+        return 5 * points * outputs * rounds
+    points, _ = FROM_GRAM[group]
+    return 4 * points**3 // 3  # to tridiagonal form alone
 
 
 def prepare_multipliers(group, name):

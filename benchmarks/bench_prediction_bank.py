@@ -11,10 +11,12 @@ import torch
 
 import sdfast
 from benchmarks import peers
-from benchmarks.harness import Case, interleaved, measure
+from benchmarks.harness import Case, compiled, copies_of, interleaved, measure
+from benchmarks.shapes import ON_GPU, sized
 
 PEERS = {"best eager": "eager:", "best compiled": "compiled:"}
-SHAPES = {"128x100": (128, 100), "1024x1000": (1024, 1000), "512x32000": (512, 32000)}
+NAMED = ("128x10", "128x100", "1024x1000", "4096x1000", "512x32000") if ON_GPU else ("128x100", "1024x1000", "512x32000")
+SHAPES = {name: sized(*map(int, name.split("x"))) for name in NAMED}
 GROUPS = [f"{loss} {shape}" for loss in ("bank", "elr") for shape in SHAPES]
 TARGETS = {
     "bank 128x100": {"sdfast": (0.35, None)},
@@ -31,7 +33,6 @@ NAMES = [
     "sdfast compiled",
 ]
 ALPHA, MOMENTUM, STRENGTH = 0.3, 0.9, 7.0
-CACHE_BYTES = 64 << 20
 
 
 def ours(loss, temperature=1.0):
@@ -56,7 +57,7 @@ def function_of(loss, name):
         def function(logits, labels, indices, bank):
             return composition(logits, labels, indices, bank.predictions, bank.seen, MOMENTUM, setting)
 
-    return torch.compile(function, fullgraph=True) if "compiled" in name else function
+    return compiled(function) if "compiled" in name else function
 
 
 def new_bank(samples, classes, dtype=torch.float32):
@@ -79,7 +80,7 @@ def step(function, logits, labels, indices, bank):
 def batches(shape):
     """Enough batches to leave the last-level cache, and samples for all of them."""
     rows, classes = SHAPES[shape]
-    copies = max(2, min(8, CACHE_BYTES // (rows * classes * 4)))
+    copies = max(2, copies_of(rows * classes * 4))
     order = torch.randperm(copies * rows).split(rows)
     return [(4 * torch.randn(rows, classes), torch.randint(0, classes, (rows,)), indices) for indices in order]
 
@@ -114,7 +115,7 @@ def prepare(group, name):
     turn = itertools.cycle(inputs)
     # Logits and bank read once, gradient and bank written once.
     floor = rows * classes * (12 if narrow else 16)
-    return Case(lambda: step(function, *next(turn), bank), floor_bytes=floor, about={"dtype": "float32"})
+    return Case(lambda: step(function, *next(turn), bank), floor_bytes=floor, copies=len(inputs), about={"dtype": "float32"})
 
 
 @interleaved(GROUPS, NAMES)

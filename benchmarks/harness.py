@@ -19,8 +19,12 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-TURNS = 7
+from benchmarks.shapes import ON_GPU, TINY
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TURNS = 1 if TINY else 5 if ON_GPU else 7
+# Inputs rotate among enough copies to leave the last-level cache.
+CACHE_BYTES, MOST_COPIES = (256 << 20, 64) if ON_GPU else (64 << 20, 8)
 
 
 @dataclass
@@ -31,6 +35,7 @@ class Case:
     floor_bytes: int = 0
     floor_flops: int = 0
     rounds: int | None = None  # for steps of seconds: this many rounds a turn, not calibrated
+    copies: int = 8  # steps that a CUDA graph holds: as many as there are inputs to rotate among
     about: dict = field(default_factory=dict)  # recorded as it is
 
 
@@ -48,6 +53,17 @@ def interleaved(groups: Iterable[str], names: Iterable[str], turns: int = TURNS)
 
 _group: str | None = None
 _prepared: dict[str, Case] = {}
+_too_large: dict[str, str] = {}  # rows that the group's memory does not hold, in every turn alike
+
+
+def copies_of(size: int) -> int:
+    """How many inputs of so many bytes a group rotates among."""
+    return max(1, min(MOST_COPIES, CACHE_BYTES // size))
+
+
+def compiled(function: Callable) -> Callable:
+    """By torch.compile; in a dry run, traced alone."""
+    return torch.compile(function, fullgraph=True, backend="eager" if TINY else "inductor")
 
 
 def measure(benchmark, group: str, turn: int, name: str, prepare: Callable[[str, str], Case]) -> None:
@@ -56,12 +72,20 @@ def measure(benchmark, group: str, turn: int, name: str, prepare: Callable[[str,
     if group != _group:
         _group = group
         _prepared.clear()
+        _too_large.clear()
         torch._dynamo.reset()
     if name not in _prepared:
-        with DEVICE:
-            _prepared[name] = prepare(group, name)
-        if "peak_bytes" not in _prepared[name].about:  # measured by `prepare` where torch does not allocate
-            _prepared[name].about["peak_bytes"] = peak_bytes(_prepared[name].step)
+        if name in _too_large:
+            pytest.skip(_too_large[name])
+        try:
+            with DEVICE:
+                _prepared[name] = prepare(group, name)
+            if "peak_bytes" not in _prepared[name].about:  # measured by `prepare` where torch does not allocate
+                _prepared[name].about["peak_bytes"] = peak_bytes(_prepared[name].step)
+        except torch.cuda.OutOfMemoryError as error:
+            _prepared.pop(name, None)
+            _too_large[name] = f"{group} {name}: {error}"
+            pytest.skip(_too_large[name])
     case = _prepared[name]
     steps = 1 if DEVICE.type == "cpu" or case.rounds else steps_worth_a_synchronisation(case.step)
     benchmark.group = group
@@ -73,6 +97,50 @@ def measure(benchmark, group: str, turn: int, name: str, prepare: Callable[[str,
         benchmark.pedantic(timed, rounds=case.rounds, iterations=1, warmup_rounds=0)
     else:
         benchmark(timed)
+        if DEVICE.type == "cuda":
+            benchmark.extra_info.update(on_gpu(case))
+
+
+def on_gpu(case: Case) -> dict[str, float]:
+    """Seconds of the host for one call, and of the device for one step of a replayed CUDA graph where it can be captured.
+
+    The graph's figure is the device's alone: no launch waits for the host.
+    """
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(20):
+        case.step()
+    found = {"host": (time.perf_counter() - start) / 20}
+    torch.cuda.synchronize()
+    graph = None if "no_graph" in case.about else captured(case)
+    if graph is not None:
+        replays = steps_worth_a_synchronisation(graph.replay)
+        start = time.perf_counter()
+        synchronised(graph.replay, replays)
+        found["graph"] = (time.perf_counter() - start) / (replays * case.copies)
+        del graph
+        torch.cuda.empty_cache()  # its memory is nobody else's until then
+    return found
+
+
+def captured(case: Case) -> "torch.cuda.CUDAGraph | None":
+    """The case's steps in one CUDA graph, or None where a step reads the device from the host."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            case.step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(case.copies):
+                case.step()
+    except RuntimeError as error:
+        case.about["no_graph"] = str(error).splitlines()[0]
+        torch.cuda.synchronize()
+        return None
+    return graph
 
 
 def synchronised(step: Callable[[], object], steps: int) -> None:

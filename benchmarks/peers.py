@@ -9,6 +9,13 @@ def plain_cross_entropy(logits, labels, alpha):
     return F.cross_entropy(logits, labels)
 
 
+def liger_cross_entropy(logits, labels, alpha):
+    """Liger-Kernel's cross entropy: no target of its own, and the gradient in the logits' place."""
+    from liger_kernel.transformers import LigerCrossEntropyLoss
+
+    return LigerCrossEntropyLoss()(logits, labels)
+
+
 def eager_two_losses(logits, labels, alpha):
     """Two cross entropies, mixed."""
     hard = logits.detach().argmax(-1)

@@ -10,39 +10,61 @@ RESULTS = ROOT / "benchmarks" / "results"
 REPORT = ROOT / "docs" / "performance.md"
 
 
-def ratios(row: dict, peer: dict) -> list[float]:
+def ratios(row: dict, peer: dict, timed: str = "turns") -> list[float]:
     """How many times the peer's time a row took, turn by turn."""
-    return [ours / theirs for ours, theirs in zip(row["turns"], peer["turns"], strict=True)]
+    return [ours / theirs for ours, theirs in zip(row[timed], peer[timed], strict=True)]
 
 
-def fastest(rows: list[dict], prefix: str) -> dict | None:
+def fastest(rows: list[dict], prefix: str, timed: str = "turns") -> dict | None:
     """The fastest row whose name starts so."""
     return min(
-        (row for row in rows if row["name"].startswith(prefix)), key=lambda row: median(row["turns"]), default=None
+        (row for row in rows if row["name"].startswith(prefix) and timed in row),
+        key=lambda row: median(row[timed]),
+        default=None,
     )
 
 
+def gemm_rate(row: dict, about: dict) -> float:
+    """Of the run's machine, in the row's dtype where that was measured."""
+    return about.get(f"{row.get('dtype', 'float32')}_gemm_flops_per_second", about["gemm_flops_per_second"])
+
+
+def floor_seconds(row: dict, about: dict) -> float:
+    """What the row's bytes take at the run's copy rate, or its FLOPs at the GEMM's: the longer; 0 where none is known."""
+    return max(row["floor_bytes"] / about["copy_bytes_per_second"], row["floor_flops"] / gemm_rate(row, about))
+
+
+def device_time(row: dict) -> float:
+    """Of one step in a CUDA graph where it was captured, else as it was called."""
+    return median(row.get("graph_turns", row["turns"]))
+
+
 def rate_cells(row: dict, about: dict) -> list[str]:
-    """What the floor's bytes or FLOPs make of the row's time, and of the machine's own rate."""
-    seconds = median(row["turns"])
-    if flops := row["floor_flops"]:
-        rate = flops / seconds
-        return [f"{rate / 1e9:,.1f} GFLOP/s", f"{100 * rate / about['gemm_flops_per_second']:.0f} % of GEMM"]
-    if floor := row["floor_bytes"]:
-        rate = floor / seconds
-        return [f"{rate / 1e9:,.1f} GB/s", f"{100 * rate / about['copy_bytes_per_second']:.0f} % of copy"]
-    return ["", ""]
+    """What the floor's bytes or FLOPs make of the row's time; the floor itself, and what share of the time it is."""
+    floor, seconds = floor_seconds(row, about), device_time(row)
+    if floor == 0:
+        return ["", "", ""]
+    if row["floor_flops"] / gemm_rate(row, about) == floor:
+        rate, machine = f"{row['floor_flops'] / seconds / 1e9:,.1f} GFLOP/s", "GEMM"
+    else:
+        rate, machine = f"{row['floor_bytes'] / seconds / 1e9:,.1f} GB/s", "copy"
+    return [rate, time(floor), f"{100 * floor / seconds:.0f} % of {machine}"]
 
 
 def group_table(group: str, rows: list[dict], peers: dict[str, str], about: dict) -> list[str]:
     """A Markdown table of one group: the rates are those of the floor."""
     against = {heading: fastest(rows, prefix) for heading, prefix in peers.items()}
+    on_gpu = any("host_turns" in row for row in rows)
     lines = [
-        f"| {group} | time | rate | of the machine | {' | '.join(f'/ {heading}' for heading in peers)} | peak MiB |",
-        "|---|---:|---:|---:|" + "---:|" * (len(peers) + 1),
+        f"| {group} | time |{' in a graph | host |' if on_gpu else ''} rate | floor | of the machine | "
+        f"{' | '.join(f'/ {heading}' for heading in peers)} | peak MiB |",
+        "|---|---:|---:|---:|---:|" + "---:|" * (len(peers) + 1 + 2 * on_gpu),
     ]
     for row in rows:
-        cells = [row["name"], time(median(row["turns"])), *rate_cells(row, about)]
+        cells = [row["name"], time(median(row["turns"]))]
+        if on_gpu:
+            cells += [time(median(row[key])) if key in row else "" for key in ("graph_turns", "host_turns")]
+        cells += rate_cells(row, about)
         cells += [shown(median(ratios(row, peer))) if peer else "" for peer in against.values()]
         lines.append(f"| {' | '.join(cells)} | {row['peak_bytes'] / 2**20:.1f} |")
     return lines
@@ -71,21 +93,38 @@ def by_group(run: dict) -> dict[str, list[dict]]:
 
 def target_table(run: dict, module) -> list[str]:
     """Measured ratio against target, met or missed; the range leaves out a turn at each end."""
-    lines = [f"| group | row | {' | '.join(module.PEERS)} |", "|---|---|" + "---|" * len(module.PEERS)]
+    shares = getattr(module, "SHARES", {})  # group -> row -> the least share of the time that its floor may be
+    headings = [*module.PEERS, *(["of the floor"] if shares else [])]
+    lines = [f"| group | row | {' | '.join(headings)} |", "|---|---|" + "---|" * len(headings)]
     for group, rows in by_group(run).items():
         by_name = {row["name"]: row for row in rows}
         for name, targets in module.TARGETS.get(group, {}).items():
-            against = [fastest(rows, prefix) for prefix in module.PEERS.values()]
-            cells = [verdict(by_name[name], peer, target) for peer, target in zip(against, targets, strict=True)]
-            lines.append(f"| {group} | {name} | {' | '.join(cells)} |")
+            if name not in by_name:
+                continue
+            row = by_name[name]
+            share = [share_verdict(row, run["environment"], shares.get(group, {}).get(name))] if shares else []
+            for timed, label in (("turns", name), ("graph_turns", f"{name}, in a graph")):
+                if timed not in row:
+                    continue
+                against = [fastest(rows, prefix, timed) for prefix in module.PEERS.values()]
+                cells = [verdict(row, peer, target, timed) for peer, target in zip(against, targets, strict=True)]
+                lines.append(f"| {group} | {label} | {' | '.join(cells + share)} |")
     return lines
 
 
-def verdict(row: dict, peer: dict | None, target: float | None) -> str:
+def share_verdict(row: dict, about: dict, target: float | None) -> str:
+    """One cell: which share of its time the row's floor is, and whether that is enough."""
+    share = floor_seconds(row, about) / device_time(row)
+    if target is None:
+        return f"{100 * share:.0f} %"
+    return f"{100 * share:.0f} %; target {100 * target:.0f} %: {'met' if share >= target else '**missed**'}"
+
+
+def verdict(row: dict, peer: dict | None, target: float | None, timed: str = "turns") -> str:
     """One cell: the ratio, its range over the turns, and whether it keeps its target."""
     if peer is None:
         return ""
-    turns = sorted(ratios(row, peer))
+    turns = sorted(ratios(row, peer, timed))
     inner = turns[1:-1] or turns
     measured = f"{shown(median(turns))} ({shown(inner[0])}–{shown(inner[-1])})"
     if target is None:
@@ -113,7 +152,8 @@ def write_report() -> Path:
         "are timed in turns, each once in every turn; a time is the median of its turns, a ratio the median of the",
         "turns' ratios, with the range of the turns but the lowest and the highest in parentheses. Each implementation",
         "is checked against the float64 reference before it is timed. A rate counts the floor: what the operation",
-        "itself must read, write and compute.",
+        "itself must read, write and compute; as a time, at this machine's copy or GEMM rate, measured in the same run.",
+        "On a GPU `time` is of eager calls, `host` what one costs the host, and the rate that of steps in a CUDA graph.",
     ]
     if all(path.parent.name.endswith("-cores") for path in RESULTS.glob("*/*.json")):
         lines.append("The CUDA and Triton backends have no recorded run yet: they are unproved on a GPU.")

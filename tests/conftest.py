@@ -1,3 +1,4 @@
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -5,26 +6,55 @@ import sys
 
 import pytest
 import torch
+from helpers import device_of
+
+from sdfast import _dispatch
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # with which cuBLAS repeats its bits
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where tests that name no backend make their tensors; cpu or cuda")
 
 
 @pytest.fixture(autouse=True)
 def _fresh_seed_and_poison(request):
-    """Every test draws its own inputs, and finds NaN in memory that nobody wrote."""
+    """Every test draws its own inputs, and finds NaN in memory that nobody wrote; where its backend's device is."""
     seed = int.from_bytes(os.urandom(4), "little")
     request.node.add_report_section("setup", "seed", f"torch.manual_seed({seed})")
     torch.manual_seed(seed)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True)
-    yield
+    device = device_of_test(request.node)
+    torch.use_deterministic_algorithms(True, warn_only=device != "cpu")  # a few of torch's own have no such form there
+    with contextlib.nullcontext() if device == "cpu" else torch.device(device):
+        yield
     torch.use_deterministic_algorithms(False)
 
 
+def device_of_test(item):
+    """The device of the backend that its parameters name, or of the command line."""
+    backend = backend_of_test(item)
+    return item.config.getoption("--device") if backend is None else device_of(backend)
+
+
+def backend_of_test(item):
+    return item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+
+
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
+    """Tests of a GPU's backend are marked, and skipped where it cannot run."""
     for item in items:
-        if item.get_closest_marker("cuda"):
-            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here"))
+        backend = backend_of_test(item)
+        on_gpu = isinstance(backend, str) and device_of(backend) == "cuda"
+        if on_gpu:
+            item.add_marker(pytest.mark.cuda)
+        if not item.get_closest_marker("cuda"):
+            continue
+        reason = None if torch.cuda.is_available() else "no NVIDIA GPU here"
+        if reason is None and on_gpu:
+            reason = _dispatch.why_not(backend, "cuda")
+        if reason:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

@@ -8,11 +8,31 @@ import torch
 from sdfast import _dispatch
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then Triton serves the CPU, and no GPU
 
 
-def backends(device_type="cpu"):
-    """The backends beside the reference that can serve this device here."""
-    return [name for name in ("cpu", "cuda", "triton") if _dispatch.why_not(name, device_type) is None]
+def backends(without=()):
+    """The backends beside the reference to put under ``parametrize("backend", ...)``.
+
+    Those of a GPU are always among them: conftest marks such tests ``cuda``, and lets their tensors be made there.
+    """
+    names = ("cpu", "triton") if INTERPRETED else ("cpu", "cuda", "triton")
+    found = [name for name in names if name not in without]
+    return [name for name in found if name != "cpu" or _dispatch.why_not("cpu", "cpu") is None]
+
+
+# A test of the Triton backend alone: in the interpreter's process, or on a GPU.
+of_triton = pytest.mark.parametrize("backend", ["triton"])
+
+
+def device_of(backend):
+    """Where the tensors of a test of this backend are."""
+    return "cuda" if backend in ("cuda", "triton") and not INTERPRETED else "cpu"
+
+
+def random_numbers(seed):
+    """A generator for wherever tensors are made now."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
 def assert_as_good_as_torch(name, got, torch_result, exact, unit=1.0, stored=0.0):
@@ -69,7 +89,7 @@ def awkward(tensor, layout):
 
 def interpreted(backend):
     """Whether the backend runs in Triton's interpreter, where every tile takes milliseconds."""
-    return backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    return backend == "triton" and INTERPRETED
 
 
 def lost_in_store(backend, dtype):

@@ -1,6 +1,7 @@
 """Calls of the two linear losses with the same signature, for the tests of what they share."""
 
 import torch
+from helpers import random_numbers
 
 import sdfast
 
@@ -13,7 +14,7 @@ def self_distillation(hidden, weight, labels, *, bias=None, **options):
 def distillation(hidden, weight, labels, *, bias=None, **options):
     """The distillation loss against a fixed teacher of another width."""
     rows, classes = hidden.shape[:-1].numel(), len(weight)
-    generator = torch.Generator().manual_seed(0)
+    generator = random_numbers(0)
     teacher = torch.randn(rows, 5, generator=generator), 2 * torch.randn(classes, 5, generator=generator)
     shaped = teacher[0].reshape(*hidden.shape[:-1], 5).to(options.get("teacher_dtype", hidden.dtype))
     given = teacher[1].to(options.pop("teacher_dtype", hidden.dtype))

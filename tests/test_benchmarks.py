@@ -32,6 +32,22 @@ def test_a_ratio_is_the_median_of_the_turns_ratios():
     assert tables.verdict(tiny, peer, 1 / 12) == "0.005 (0.005–0.005); target 0.0833: met"
 
 
+def test_a_gpus_rows_have_a_floor_a_graph_and_a_share():
+    """The floor is the longer of bytes and FLOPs, each at the rate of this run; a graph's time stands for the device's."""
+    timed = measured("sdfast", 0, 4e-6)
+    timed["extra_info"] |= {"dtype": "bfloat16", "floor_flops": 5, "host": 3e-6, "graph": 2e-6}
+    (row,) = command.combine([timed])
+    assert (row["host_turns"], row["graph_turns"]) == ([3e-6], [2e-6])
+    about = {"copy_bytes_per_second": 96e6, "gemm_flops_per_second": 1e3, "bfloat16_gemm_flops_per_second": 1e7}
+    assert tables.floor_seconds(row, about) == 1e-6
+    assert tables.rate_cells(row, about)[1:] == ["1.0 µs", "50 % of copy"]
+    assert tables.share_verdict(row, about, 0.5) == "50 %; target 50 %: met"
+    assert tables.share_verdict(row, about, 0.6).endswith("**missed**")
+    assert tables.floor_seconds(row | {"floor_flops": 40}, about) == 4e-6
+    assert tables.floor_seconds(row | {"dtype": "float32"}, about) == 5e-3
+    assert "| in a graph | host |" in tables.group_table("8x3", [row], {}, about)[0]
+
+
 def test_rows_take_turns():
     mark = interleaved(["a", "b"], ["x", "y"], turns=2).mark
     assert [case.values for case in mark.args[1]] == [

@@ -84,16 +84,18 @@ struct Operand {
     }
   }
 
+  // The same of a tensor that is known to be of In: no code for other dtypes.
+  template <class T, class In, bool kAligned>
+  __device__ void load_own(int64_t row, const Layout<In, kAligned>& layout, int step, T fill,
+                           T (&x)[Piece<In>::kSize]) const {
+    load_from(static_cast<const In*>(data), row, layout, step, fill, x);
+  }
+
   // The columns of one piece, in a dtype of its own; `fill` past the end of the row.
   template <class T, class In, bool kAligned>
   __device__ void load(int64_t row, const Layout<In, kAligned>& layout, int step, T fill,
                        T (&x)[Piece<In>::kSize]) const {
-    const int64_t begin = row * row_stride;
-    const auto from = [&](const auto* typed) {
-#pragma unroll
-      for (int j = 0; j < Piece<In>::kSize; ++j)
-        x[j] = layout.holds(step, j) ? static_cast<T>(typed[begin + layout.column(step, j) * column_stride]) : fill;
-    };
+    const auto from = [&](const auto* typed) { load_from(typed, row, layout, step, fill, x); };
     switch (type) {
       case ScalarType::Float:
         return from(static_cast<const float*>(data));
@@ -104,6 +106,16 @@ struct Operand {
       default:
         return from(static_cast<const Half*>(data));
     }
+  }
+
+ private:
+  template <class Held, class T, class In, bool kAligned>
+  __device__ void load_from(const Held* typed, int64_t row, const Layout<In, kAligned>& layout, int step, T fill,
+                            T (&x)[Piece<In>::kSize]) const {
+#pragma unroll
+    for (int j = 0; j < Piece<In>::kSize; ++j)
+      x[j] = layout.holds(step, j) ? static_cast<T>(typed[row * row_stride + layout.column(step, j) * column_stride])
+                                   : fill;
   }
 };
 

@@ -30,11 +30,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     count_and_claim_kernel(const Problem<In> problem, const Storage storage, const bool correct, double* const partial,
                            int* const blocks_done) {
   claim_rows(problem, storage, blockIdx.x, gridDim.x);
-  double counts[kCounts];
-  count_rows<In, kAligned>(problem, correct, blockIdx.x, gridDim.x, counts);
-  if (threadIdx.x != 0) return;
-  for (int v = 0; v < kCounts; ++v) partial[int64_t{blockIdx.x} * kCounts + v] = counts[v];
-  if (blockIdx.x == 0) *blocks_done = 0;
+  write_counts<In, kAligned>(problem, correct, partial, blocks_done);
 }
 
 template <class In, bool kAligned, Targets kTargets>
@@ -54,8 +50,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   double sums[kTallies] = {0, 0, 0, 0, 0};
   for (int64_t i = blockIdx.x * teams + threadIdx.x / layout.team.size; i < problem.rows; i += gridDim.x * teams) {
     if (!problem.kept(i)) {
-      if (problem.wants_gradient()) zero_row(problem, i, layout);
-      if (batch.losses && layout.team.rank == 0) batch.losses[i] = 0;
+      skip_row(problem, batch, i, layout);
       continue;
     }
     const int64_t given = storage.indices[i], index = storage.holds(given) ? given : 0;  // no address is made of it
@@ -81,13 +76,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       if (bank.update) write_row<In, kAligned>(storage, problem.logits, bank, index, writer, layout);
       if (layout.team.rank == 0) storage.claims[2 * index] = 0;
     }
-    if (layout.team.rank != 0) continue;
-    if (batch.losses) batch.losses[i] = row.loss * weight;
-    sums[kLossSum] += row.loss * weight;
-    sums[kAlphaSum] += alpha;
-    sums[kCorrectSum] += row.correct;
-    sums[kEntropySum] += row.entropy;
-    sums[kAgreeSum] += row.agrees;
+    if (layout.team.rank == 0) tally(batch, i, row, alpha, weight, sums);
   }
   Problem<In> described = problem;
   described.alpha_stride = 1;  // whatever was given: rows that the bank does not teach have 1
@@ -104,16 +93,11 @@ void launch(const CudaStream& stream, Problem<In> problem, const Storage& storag
   if (shape.one_block)
     return stream.launch(kernel, 1, shape.threads, shape.shared_bytes, problem, storage, bank, batch, late);
 
-  const auto blocks_for = [&](int teams, int64_t most) {
-    return static_cast<int>(std::min((problem.rows + teams - 1) / teams, most));
-  };
-  const int blocks =
-      blocks_for(shape.threads / shape.team_size, stream.resident_blocks(kernel, shape.threads, shape.shared_bytes));
-  const int count_threads = problem.team_size > kWarp ? problem.team_size : kRowThreads;
-  const int count_blocks = blocks_for(batch.adaptive ? count_threads / problem.team_size : count_threads, kCountBlocks);
-  const Tensor workspace = new_workspace(logits, batch, count_blocks, blocks);
-  stream.launch(count_and_claim_kernel<In, kAligned>, count_blocks, count_threads, 0, problem, storage, batch.adaptive,
-                batch.counts, batch.blocks_done);
+  const int blocks = blocks_for(problem.rows, shape.threads / shape.team_size,
+                                stream.resident_blocks(kernel, shape.threads, shape.shared_bytes));
+  const Tensor workspace = new_workspace(logits, problem, batch, blocks);
+  stream.launch(count_and_claim_kernel<In, kAligned>, batch.count_blocks, count_threads(problem.team_size), 0, problem,
+                storage, batch.adaptive, batch.counts, batch.blocks_done);
   stream.launch(kernel, blocks, shape.threads, shape.shared_bytes, problem, storage, bank, batch, late);
 }
 

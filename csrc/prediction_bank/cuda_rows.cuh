@@ -18,22 +18,36 @@ struct Storage {
   int64_t samples = 0;
   const int64_t* indices = nullptr;  // (N,)
 
-  template <class T>
-  __device__ T read(int64_t at) const {
-    if (type == ScalarType::Float) return static_cast<T>(static_cast<const float*>(predictions)[at]);
-    if (type == ScalarType::Double) return static_cast<T>(static_cast<const double*>(predictions)[at]);
-    return static_cast<T>(static_cast<float>(static_cast<const BFloat16*>(predictions)[at]));
+  // The columns of one piece of the row that starts at `first`, 0 past its end.
+  template <class In, bool kAligned, class T>
+  __device__ void read(int64_t first, const Layout<In, kAligned>& layout, int step, T (&x)[Piece<In>::kSize]) const {
+    const auto from = [&](const auto* typed) {
+#pragma unroll
+      for (int j = 0; j < Piece<In>::kSize; ++j)
+        x[j] = layout.holds(step, j) ? static_cast<T>(typed[first + layout.column(step, j)]) : T(0);
+    };
+    as_stored(from);
   }
-  template <class T>
-  __device__ void write(int64_t at, T value) const {
-    if (type == ScalarType::Float)
-      static_cast<float*>(predictions)[at] = static_cast<float>(value);
-    else if (type == ScalarType::Double)
-      static_cast<double*>(predictions)[at] = static_cast<double>(value);
-    else
-      static_cast<BFloat16*>(predictions)[at] = static_cast<BFloat16>(static_cast<float>(value));
+  template <class In, bool kAligned, class T>
+  __device__ void write(int64_t first, const Layout<In, kAligned>& layout, int step,
+                        const T (&x)[Piece<In>::kSize]) const {
+    const auto to = [&](auto* typed) {
+#pragma unroll
+      for (int j = 0; j < Piece<In>::kSize; ++j)
+        if (layout.holds(step, j))
+          typed[first + layout.column(step, j)] = static_cast<std::remove_pointer_t<decltype(typed)>>(x[j]);
+    };
+    as_stored(to);
   }
   __device__ bool holds(int64_t index) const { return index >= 0 && index < samples; }
+
+ private:
+  template <class Use>
+  __device__ void as_stored(const Use& use) const {
+    if (type == ScalarType::Float) return use(static_cast<float*>(predictions));
+    if (type == ScalarType::Double) return use(static_cast<double*>(predictions));
+    use(static_cast<BFloat16*>(predictions));
+  }
 };
 
 // What one row of logits puts into the bank: its softmax, cut off where that is wanted, and the blend with what is
@@ -67,7 +81,7 @@ struct Observation {
   }
 
   __device__ void probabilities(const Layout<In, kAligned>& layout, int step, T (&p)[kSize]) const {
-    logits.load(row, layout, step, -std::numeric_limits<T>::infinity(), p);
+    logits.load_own(row, layout, step, -std::numeric_limits<T>::infinity(), p);
 #pragma unroll
     for (int j = 0; j < kSize; ++j) p[j] = exponential<In>(p[j] - top) * scale;
   }
@@ -147,11 +161,10 @@ struct BankSource {
   __device__ void both(int step, T (&p)[kSize], T (&t)[kSize]) const {
     const bool mixes = bank.write_first && observation.finite;
     if (mixes || bank.strength != 0) observation.probabilities(layout, step, p);
+    storage.read(first, layout, step, t);
+    if (!mixes) return;
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      t[j] = layout.holds(step, j) ? storage.template read<T>(first + layout.column(step, j)) : T(0);
-      if (mixes) t[j] = observation.blend(t[j], p[j], weight);
-    }
+    for (int j = 0; j < kSize; ++j) t[j] = observation.blend(t[j], p[j], weight);
   }
 };
 
@@ -187,14 +200,12 @@ __device__ void write_row(const Storage& storage, const Operand& logits, const S
   const T weight = bank.weight(storage.seen[index]);
   const int64_t first = index * layout.columns;
   for (int step = 0; step < layout.steps(); ++step) {
-    T p[kSize];
+    T p[kSize], t[kSize];
     observation.probabilities(layout, step, p);
+    storage.read(first, layout, step, t);
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      if (!layout.holds(step, j)) continue;
-      const int64_t at = first + layout.column(step, j);
-      storage.write(at, observation.blend(storage.template read<T>(at), p[j], weight));
-    }
+    for (int j = 0; j < kSize; ++j) t[j] = observation.blend(t[j], p[j], weight);
+    storage.write(first, layout, step, t);
   }
   team_barrier(layout.team);  // all have read `seen`
   if (layout.team.rank == 0) ++storage.seen[index];

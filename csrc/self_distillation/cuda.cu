@@ -10,6 +10,12 @@
 namespace sdfast::self_distillation {
 namespace {
 
+template <class In, bool kAligned>
+__global__ void __launch_bounds__(kMaxThreads)
+    count_kernel(const Problem<In> problem, const bool correct, double* const partial, int* const blocks_done) {
+  write_counts<In, kAligned>(problem, correct, partial, blocks_done);
+}
+
 template <class In, bool kAligned, Targets kTargets>
 __global__ void __launch_bounds__(kMaxThreads, kTargets == kSparseTargets ? 2 : 1)
     rows_kernel(const Problem<In> problem, const Batch<Accumulated<In>> batch) {
@@ -20,8 +26,7 @@ __global__ void __launch_bounds__(kMaxThreads, kTargets == kSparseTargets ? 2 : 
   double sums[kTallies] = {0, 0, 0, 0, 0};
   for (int64_t i = blockIdx.x * teams + threadIdx.x / layout.team.size; i < problem.rows; i += gridDim.x * teams) {
     if (!problem.kept(i)) {
-      if (problem.wants_gradient()) zero_row(problem, i, layout);
-      if (batch.losses && layout.team.rank == 0) batch.losses[i] = 0;
+      skip_row(problem, batch, i, layout);
       continue;
     }
     const T alpha = problem.alpha_of(i, facts.shared_alpha), weight = problem.row_weight ? problem.row_weight[i] : T(1);
@@ -29,13 +34,7 @@ __global__ void __launch_bounds__(kMaxThreads, kTargets == kSparseTargets ? 2 : 
     const RowResult<T> row = Row<In, kAligned, kTargets>(problem, layout, i, alpha, above * weight / facts.divisor,
                                                          TensorSource(problem.source))
                                  .run();
-    if (layout.team.rank != 0) continue;
-    if (batch.losses) batch.losses[i] = row.loss * weight;
-    sums[kLossSum] += row.loss * weight;
-    sums[kAlphaSum] += alpha;
-    sums[kCorrectSum] += row.correct;
-    sums[kEntropySum] += row.entropy;
-    sums[kAgreeSum] += row.agrees;
+    if (layout.team.rank == 0) tally(batch, i, row, alpha, weight, sums);
   }
   end_batch(problem, batch, facts, sums);
 }
@@ -67,24 +66,18 @@ void launch(const CudaStream& stream, Problem<In> problem, Batch<Accumulated<In>
   const Shape shape = shape_for(stream, problem.rows, problem.classes, Piece<In>::kSize);
   problem.team_size = shape.team_size;
   problem.cache_slots = shape.cache_slots;
-  const auto blocks_for = [&](int teams, int64_t most) {
-    return static_cast<int>(std::min((problem.rows + teams - 1) / teams, most));
-  };
   const auto kernel = rows_kernel<In, kAligned, kTargets>;
   const bool needs_batch = !batch.upstream && (batch.loss || batch.state);
   if (needs_batch && shape.one_block)
     return stream.launch(kernel, 1, shape.threads, shape.shared_bytes, problem, batch);
 
-  const int blocks =
-      blocks_for(shape.threads / shape.team_size, stream.resident_blocks(kernel, shape.threads, shape.shared_bytes));
+  const int blocks = blocks_for(problem.rows, shape.threads / shape.team_size,
+                                stream.resident_blocks(kernel, shape.threads, shape.shared_bytes));
   Tensor workspace;
   if (needs_batch) {
-    const int count_threads = problem.team_size > kWarp ? problem.team_size : kRowThreads;
-    const int count_blocks =
-        blocks_for(batch.adaptive ? count_threads / problem.team_size : count_threads, kCountBlocks);
-    workspace = new_workspace(logits, batch, count_blocks, blocks);
-    stream.launch(count_kernel<In, kAligned>, batch.count_blocks, count_threads, 0, problem, batch.adaptive,
-                  batch.counts, batch.blocks_done);
+    workspace = new_workspace(logits, problem, batch, blocks);
+    stream.launch(count_kernel<In, kAligned>, batch.count_blocks, count_threads(problem.team_size), 0, problem,
+                  batch.adaptive, batch.counts, batch.blocks_done);
   }
   stream.launch(kernel, blocks, shape.threads, shape.shared_bytes, problem, batch);
 }

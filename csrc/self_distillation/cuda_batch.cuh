@@ -60,14 +60,34 @@ __device__ void count_rows(const Problem<In>& problem, bool correct, int block, 
   team_sum(block_team(), counts);
 }
 
+// The launch before the rows of a large batch: this block's part of the counts.
 template <class In, bool kAligned>
-__global__ void __launch_bounds__(kMaxThreads)
-    count_kernel(const Problem<In> problem, const bool correct, double* const partial, int* const blocks_done) {
+__device__ void write_counts(const Problem<In>& problem, bool correct, double* partial, int* blocks_done) {
   double counts[kCounts];
   count_rows<In, kAligned>(problem, correct, blockIdx.x, gridDim.x, counts);
   if (threadIdx.x != 0) return;
   for (int v = 0; v < kCounts; ++v) partial[int64_t{blockIdx.x} * kCounts + v] = counts[v];
   if (blockIdx.x == 0) *blocks_done = 0;
+}
+
+// An ignored row: loss and gradient 0.
+template <class In, bool kAligned, class T>
+__device__ void skip_row(const Problem<In>& problem, const Batch<T>& batch, int64_t i,
+                         const Layout<In, kAligned>& layout) {
+  if (problem.wants_gradient()) zero_row(problem, i, layout);
+  if (batch.losses && layout.team.rank == 0) batch.losses[i] = 0;
+}
+
+// Writes a row's loss and adds the row to this thread's sums; one thread of a team does.
+template <class T>
+__device__ void tally(const Batch<T>& batch, int64_t i, const RowResult<T>& row, T alpha, T weight,
+                      double (&sums)[kTallies]) {
+  if (batch.losses) batch.losses[i] = row.loss * weight;
+  sums[kLossSum] += row.loss * weight;
+  sums[kAlphaSum] += alpha;
+  sums[kCorrectSum] += row.correct;
+  sums[kEntropySum] += row.entropy;
+  sums[kAgreeSum] += row.agrees;
 }
 
 // Sums of `count` rows of kValues partial sums, by the whole block.
@@ -187,6 +207,11 @@ inline Shape shape_for(const CudaStream& stream, int64_t rows, int64_t classes, 
   return shape;
 }
 
+// Blocks for all rows, `teams` rows a block, at most `most`.
+inline int blocks_for(int64_t rows, int teams, int64_t most) {
+  return static_cast<int>(std::min((rows + teams - 1) / teams, most));
+}
+
 template <class In>
 Problem<In> make_problem(const Tensor& logits, const Tensor& labels, const OptionalTensor& alpha,
                          const OptionalTensor& source, const OptionalTensor& class_weight,
@@ -224,11 +249,15 @@ Problem<In> make_problem(const Tensor& logits, const Tensor& labels, const Optio
   return problem;
 }
 
-// The scratch of a batch's sums, of the stream's own allocator, and where each part of it lies.
-template <class T>
-Tensor new_workspace(const Tensor& logits, Batch<T>& batch, int count_blocks, int blocks) {
-  batch.count_blocks = count_blocks;
-  const int64_t counts = int64_t{count_blocks} * kCounts, tallies = int64_t{blocks} * kTallies;
+// Threads of a block of the launch that counts.
+inline int count_threads(int team_size) { return team_size > kWarp ? team_size : kRowThreads; }
+
+// The scratch of a batch's sums, of the stream's own allocator, and where each part of it lies: `blocks` for the rows.
+template <class In>
+Tensor new_workspace(const Tensor& logits, const Problem<In>& problem, Batch<Accumulated<In>>& batch, int blocks) {
+  const int threads = count_threads(problem.team_size);
+  batch.count_blocks = blocks_for(problem.rows, batch.adaptive ? threads / problem.team_size : threads, kCountBlocks);
+  const int64_t counts = int64_t{batch.count_blocks} * kCounts, tallies = int64_t{blocks} * kTallies;
   Tensor workspace = new_tensor(logits, {counts + tallies + 1}, ScalarType::Double);
   batch.counts = workspace.mutable_data_ptr<double>();
   batch.tallies = batch.counts + counts;

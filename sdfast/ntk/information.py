@@ -268,7 +268,7 @@ def _flipper(clean: Tensor) -> Callable[[Tensor, float, torch.Generator], Tensor
     total = values.sum()
 
     def flip(labels: Tensor, rate: float, generator: torch.Generator) -> Tensor:
-        chosen = torch.randperm(len(labels), generator=generator)[: round(rate * len(labels))]
+        chosen = torch.randperm(len(labels), generator=generator, device="cpu")[: round(rate * len(labels))]
         noisy = labels.clone()
         noisy[chosen] = total - noisy[chosen]
         return noisy

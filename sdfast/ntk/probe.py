@@ -177,7 +177,7 @@ def _guard(
     with mode:
         output = feeding.call(model, _copies(three))
     columns = outputs.columns(output, 3)
-    weights = torch.randn(columns.shape, generator=generator, dtype=torch.float64).to(columns)
+    weights = torch.randn(columns.shape, generator=generator, dtype=torch.float64, device="cpu").to(columns)
     rows = mode.gradients((columns * weights).sum(), True) if isinstance(mode, Capture) else {}
     if values is not None:
         _find_unused(columns, parameters, values, findings)
@@ -250,7 +250,7 @@ def _compare(exact: Mapping[str, Tensor], rows: Mapping[str, Tensor], sample: in
 
 def _jittered(value: Tensor, generator: torch.Generator) -> Tensor:
     """Other values of the same signs; zeros become small numbers, so that they block no gradient."""
-    noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
+    noise = torch.randn(value.shape, generator=generator, dtype=torch.float64, device="cpu").to(value)
     scaled = value.detach() * (1 + 0.1 * noise.clamp(-3, 3))
     return torch.where(scaled == 0, 0.1 * noise, scaled).requires_grad_()
 
@@ -271,11 +271,13 @@ def _perturbed(
             continue
         if tensor.is_floating_point() or tensor.is_complex():
             spread = torch.nan_to_num(three[key], 0, 0, 0).std() if tensor.numel() > 1 else tensor.new_ones(())
-            noise = torch.randn(tensor[sample].shape, generator=generator, dtype=torch.float64).to(tensor.device)
+            noise = torch.randn(
+                tensor[sample].shape, generator=generator, dtype=torch.float64, device="cpu"
+            ).to(tensor.device)
             tensor[sample] = tensor[sample] + (0.5 * noise * (spread + 0.01)).to(tensor.dtype)
         else:
             seen = torch.unique(inputs.tensors[key][:1024])
-            chosen = torch.randint(len(seen), tensor[sample].shape, generator=generator)
+            chosen = torch.randint(len(seen), tensor[sample].shape, generator=generator, device="cpu")
             tensor[sample] = seen.to(tensor.device)[chosen.to(tensor.device)]
     return tensors
 

@@ -9,7 +9,7 @@ import sdfast
 from sdfast import distillation_loss
 from sdfast.ops.distillation.description import TEACHER_FORMS
 
-BACKENDS = [name for name in backends() if name != "cuda"]
+BACKENDS = backends(without=("cuda",))
 ALPHAS = {"none": lambda n: None, "float": lambda n: 0.4, "tensor": lambda n: torch.tensor(0.4), "rows": torch.rand}
 
 

@@ -108,7 +108,7 @@ def test_bad_input_is_named_in_one_line(name):
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("backend", ["reference", *[name for name in backends() if name == "cpu"]])
+@pytest.mark.parametrize("backend", ["reference", *backends(without=("cuda", "triton"))])
 def test_values_are_checked_on_every_cpu_backend(backend):
     for error, message, arguments in (
         (IndexError, "labels: row 1 is 3, wanted 0 <= label < 3 or ignore_index=-100", (T, Y + 2)),
@@ -122,7 +122,7 @@ def test_values_are_checked_on_every_cpu_backend(backend):
         kd(X, T, Y, alpha=torch.tensor([0.0, 0.5, 1.0, 2.0]), backend=backend)
 
 
-@pytest.mark.parametrize("backend", ["reference", *[name for name in backends() if name == "cpu"]])
+@pytest.mark.parametrize("backend", ["reference", *backends(without=("cuda", "triton"))])
 def test_what_an_ignored_row_lists_is_nobodys_concern(backend):
     labels = torch.tensor([0, -100, 2, 0])
     indices = I.clone()

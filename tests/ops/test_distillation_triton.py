@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import backends
+from helpers import INTERPRETED, of_triton
 from linear_cases import draw
 
 import sdfast
@@ -20,8 +20,6 @@ import sdfast
 HERE = Path(__file__).parent
 FILES = ("test_distillation.py", "test_distillation_contract.py", "test_linear_self_distillation.py",
          "test_linear_distillation.py", "test_distillation_triton.py")  # fmt: skip
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-here = pytest.mark.skipif("triton" not in backends(), reason="runs in the process of test_all_in_the_interpreter")
 
 
 @pytest.mark.timeout(1200)
@@ -39,8 +37,8 @@ def test_all_in_the_interpreter(file):
     assert int(passed[1]) > 0, output
 
 
-@here
-def test_a_bad_list_makes_its_row_nan_and_no_other():
+@of_triton
+def test_a_bad_list_makes_its_row_nan_and_no_other(backend):
     """On a GPU nobody looks at an index beforehand: out of range, or twice, it must not be a wrong number."""
     logits = torch.randn(4, 6)
     values = torch.full((4, 2), 0.4).log()
@@ -52,27 +50,27 @@ def test_a_bad_list_makes_its_row_nan_and_no_other():
             for tail in ("bucket", "uniform"):
                 losses = sdfast.distillation_loss(
                     wide, sdfast.TopK(values, bad, None, tail), divergence=divergence, reduction="none",
-                    backend="triton",
+                    backend=backend,
                 )  # fmt: skip
                 assert losses.isnan().tolist() == [False, True, True, True]
                 (gradient,) = torch.autograd.grad(losses.sum(), wide)
                 assert gradient.isnan().any(-1).tolist() == [False, True, True, True]
 
 
-@here
-def test_a_bad_label_or_tail_mass_makes_its_row_nan():
+@of_triton
+def test_a_bad_label_or_tail_mass_makes_its_row_nan(backend):
     logits, teacher = torch.randn(2, 3, 6).unbind()
-    losses = sdfast.distillation_loss(logits, teacher, torch.tensor([0, 6, -1]), reduction="none", backend="triton")
+    losses = sdfast.distillation_loss(logits, teacher, torch.tensor([0, 6, -1]), reduction="none", backend=backend)
     assert losses.isnan().tolist() == [False, True, True]
     top = teacher.log_softmax(-1).topk(2, -1)
     losses = sdfast.distillation_loss(
-        logits, sdfast.TopK(*top, torch.tensor([0.2, 1.2, -0.1])), reduction="none", backend="triton"
+        logits, sdfast.TopK(*top, torch.tensor([0.2, 1.2, -0.1])), reduction="none", backend=backend
     )
     assert losses.isnan().tolist() == [False, True, True]
 
 
-@here
-def test_one_launch_each_way_in_place(monkeypatch):
+@of_triton
+def test_one_launch_each_way_in_place(backend, monkeypatch):
     """A chunk of the linear losses is turned into its gradient where it lies: no second buffer is asked for."""
     from sdfast.ops.distillation import triton_impl
     from sdfast.ops.self_distillation import triton_impl as self_impl
@@ -88,13 +86,13 @@ def test_one_launch_each_way_in_place(monkeypatch):
 
         monkeypatch.setattr(module, "forward", spied)
     hidden, weight, bias, labels = draw()
-    sdfast.linear_self_distillation_loss(hidden, weight, labels, 0.5, bias=bias, backend="triton", chunk_rows=25)
-    sdfast.linear_distillation_loss(hidden, weight, hidden, weight, labels, backend="triton", chunk_rows=25)
+    sdfast.linear_self_distillation_loss(hidden, weight, labels, 0.5, bias=bias, backend=backend, chunk_rows=25)
+    sdfast.linear_distillation_loss(hidden, weight, hidden, weight, labels, backend=backend, chunk_rows=25)
     assert seen == [True] * 4
 
 
-@here
-def test_opcheck_of_the_triton_operations():
+@of_triton
+def test_opcheck_of_the_triton_operations(backend):
     logits, teacher, labels = torch.randn(3, 10), torch.randn(3, 10), torch.randint(0, 10, (3,))
     for reduction in (0, 1):
         for want_gradient in (False, True):

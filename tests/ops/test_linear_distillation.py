@@ -9,7 +9,7 @@ from linear_cases import draw
 import sdfast
 from sdfast import linear_distillation_loss as linear_kd
 
-BACKENDS = [name for name in backends() if name != "cuda"]
+BACKENDS = backends(without=("cuda",))
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

@@ -16,7 +16,7 @@ from linear_cases import FORMS, distillation, draw, loss_and_gradients, self_dis
 import sdfast
 from sdfast.ops import linear_chunks
 
-BACKENDS = [name for name in backends() if name != "cuda"]
+BACKENDS = backends(without=("cuda",))
 REDUCTIONS = ("mean", "sum", "none")
 
 

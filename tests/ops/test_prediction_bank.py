@@ -8,13 +8,12 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DTYPES, LAYOUTS, assert_as_good_as_torch, awkward, backends, poison
+from helpers import DTYPES, LAYOUTS, assert_as_good_as_torch, awkward, backends, interpreted, poison, random_numbers
 
 import sdfast
 from sdfast import PredictionBank, elr_loss, self_distillation_loss
 
 BACKENDS = backends()
-INTERPRETED = "triton" in BACKENDS and not torch.cuda.is_available()  # slow, and its stores of bfloat16 truncate
 ALL = ["reference", *BACKENDS]
 
 
@@ -109,14 +108,14 @@ class Case:
         assert_as_good_as_torch("loss", got[0], torch_result[0], exact[0], of_loss)
         unit = 1.0 if self.options.get("reduction") in ("sum", "none") else 1.0 / max(1, len(self.logits))
         unit *= condition
-        if backend == "triton" and INTERPRETED and self.dtype == torch.bfloat16 and len(self.logits):
+        if interpreted(backend) and self.dtype == torch.bfloat16 and len(self.logits):
             unit = max(unit, 2**14 * exact[1].abs().max().item())  # one more unit in the last place
         assert_as_good_as_torch("gradient", got[1], torch_result[1], exact[1], unit)
         for name, g, t, e in zip(sdfast.LossStats._fields, got[2], torch_result[2], exact[2], strict=False):
             assert_as_good_as_torch(name, g, t, e)
         if self.dtype != torch.float64:  # a float64 bank then holds float32 arithmetic
             got, torch_result = ((*r[:3], r[3].float(), r[4]) for r in (got, torch_result))
-        truncates = backend == "triton" and INTERPRETED and self.bank.predictions.dtype == torch.bfloat16
+        truncates = interpreted(backend) and self.bank.predictions.dtype == torch.bfloat16
         assert_as_good_as_torch("bank", got[3], torch_result[3], exact[3], 2**14 if truncates else 1)
         assert torch.equal(got[4], exact[4])
 
@@ -124,7 +123,7 @@ class Case:
 @st.composite
 def cases(draw):
     rows, classes = draw(st.sampled_from((0, 1, 2, 5, 40))), draw(st.sampled_from((1, 2, 3, 10, 33, 129, 1000)))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    generator = random_numbers(draw(st.integers(0, 2**31)))
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -195,7 +194,7 @@ def test_any_call_matches_the_reference(backend):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_widths(backend, dtype, classes):
-    if backend == "triton" and classes == 50257 and dtype != torch.float32:
+    if interpreted(backend) and classes == 50257 and dtype != torch.float32:
         pytest.skip("one dtype at this width is enough of the interpreter")
     for options in ({"label_fn": "softmax", "temperature": 0.5}, {"label_fn": "softmax"}, {"strength": 7.0}):
         bank = fill(PredictionBank(9, classes, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32))
@@ -297,7 +296,7 @@ def test_of_duplicates_all_read_and_the_last_writes(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_duplicates_are_the_same_bits_on_any_number_of_threads(backend):
     """Large enough that rows go to several threads, most indices several times."""
-    rows = 40 if backend == "triton" else 600
+    rows = 40 if interpreted(backend) else 600
     logits, labels, indices = torch.randn(rows, 300), torch.randint(300, (rows,)), torch.randint(rows // 7, (rows,))
     first = fill(PredictionBank(90, 300, order="write_then_read"))
     threads, results = torch.get_num_threads(), []

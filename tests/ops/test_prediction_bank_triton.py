@@ -11,12 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import backends
+from helpers import INTERPRETED, of_triton
 
 from sdfast import PredictionBank, elr_loss, self_distillation_loss
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-here = pytest.mark.skipif("triton" not in backends(), reason="runs in the process of test_all_in_the_interpreter")
 FILES = (
     "test_prediction_bank.py", "test_prediction_bank_contract.py", "test_prediction_bank_options.py",
     "test_prediction_bank_compiled.py", "test_prediction_bank_numbers.py", "test_prediction_bank_triton.py",
@@ -24,7 +22,7 @@ FILES = (
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.skipif(INTERPRETED or "triton" in backends(), reason="this process runs the tests itself")
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="this process runs the tests itself")
 @pytest.mark.parametrize("file", FILES)
 def test_all_in_the_interpreter(file):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "triton",
@@ -38,14 +36,14 @@ def test_all_in_the_interpreter(file):
     assert int(passed[1]) > 0, output
 
 
-@here
-def test_an_index_out_of_range_poisons_its_row_alone():
+@of_triton
+def test_an_index_out_of_range_poisons_its_row_alone(backend):
     bank = PredictionBank(6, 5, dtype=torch.float64)
     logits, labels = torch.randn(5, 5, dtype=torch.float64).requires_grad_(), torch.tensor([0, 1, 2, 3, -100])
     for _ in range(2):
         for loss in (
-            lambda rows: self_distillation_loss(logits, labels, 0.5, source=rows, reduction="none", backend="triton"),
-            lambda rows: elr_loss(logits, labels, rows, reduction="none", backend="triton"),
+            lambda rows: self_distillation_loss(logits, labels, 0.5, source=rows, reduction="none", backend=backend),
+            lambda rows: elr_loss(logits, labels, rows, reduction="none", backend=backend),
         ):
             before = bank.seen.clone()
             value = loss(bank.rows(torch.tensor([0, -1, 5, 6, 2**40])))
@@ -57,26 +55,26 @@ def test_an_index_out_of_range_poisons_its_row_alone():
             assert (bank._claims == 0).all()
 
 
-@here
-def test_a_forbidden_duplicate_poisons_all_but_the_last():
+@of_triton
+def test_a_forbidden_duplicate_poisons_all_but_the_last(backend):
     bank = PredictionBank(6, 5, unique=True)
     logits, labels = torch.randn(5, 5), torch.zeros(5, dtype=torch.int64)
-    value = elr_loss(logits, labels, bank.rows(torch.tensor([3, 0, 3, 1, 3])), reduction="none", backend="triton")
+    value = elr_loss(logits, labels, bank.rows(torch.tensor([3, 0, 3, 1, 3])), reduction="none", backend=backend)
     assert value.isnan().tolist() == [True, False, True, False, False]
     with torch.no_grad():
-        elr_loss(logits, labels, bank.rows(torch.tensor([3, 0, 3, 1, 3])), backend="triton")
+        elr_loss(logits, labels, bank.rows(torch.tensor([3, 0, 3, 1, 3])), backend=backend)
     assert (bank._claims == 0).all()
 
 
-@here
+@of_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("classes", "k"), [(5, 1), (5, 4), (40, 7), (9001, 3)])  # one tile, and several
-def test_the_largest_are_kept_and_of_equal_ones_the_first(classes, k, dtype):
+def test_the_largest_are_kept_and_of_equal_ones_the_first(backend, classes, k, dtype):
     logits = torch.randint(4, (6, classes)).to(dtype).requires_grad_()  # ties everywhere
     indices, labels = torch.tensor([2, 0, 2, 3, 9, 2]), torch.tensor([0, 1, 2, 3, -100, 1])
     banks = [PredictionBank(4, classes, 0.5, dtype=dtype, top_k=k) for _ in range(2)]
     for visit in range(3):
-        for bank, backend in zip(banks, ("triton", "reference"), strict=True):
+        for bank, backend in zip(banks, (backend, "reference"), strict=True):
             elr_loss(logits, labels, bank.rows(indices), backend=backend)
         assert torch.equal(banks[0].seen, banks[1].seen)
         torch.testing.assert_close(banks[0].predictions, banks[1].predictions)

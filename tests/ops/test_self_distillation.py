@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DTYPES, LAYOUTS, assert_as_good_as_torch, awkward, backends, poison
+from helpers import DTYPES, LAYOUTS, assert_as_good_as_torch, awkward, backends, poison, random_numbers
 
 import sdfast
 from sdfast import self_distillation_loss
@@ -68,7 +68,7 @@ class Case:
 def cases(draw):
     rows, classes = draw(st.sampled_from((0, 1, 2, 5, 40))), draw(st.sampled_from((1, 2, 3, 10, 16, 33, 129, 1000)))
     seed = draw(st.integers(0, 2**31))
-    generator = torch.Generator().manual_seed(seed)
+    generator = random_numbers(seed)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -113,7 +113,9 @@ def cases(draw):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_call_matches_the_reference(backend):
-    @hypothesis.settings(max_examples=400, deadline=None, derandomize=False)
+    examples = 80 if backend == "triton" else 400  # Triton compiles nearly every one anew
+
+    @hypothesis.settings(max_examples=examples, deadline=None, derandomize=False)
     @hypothesis.given(cases())
     def check(case):
         case.check(backend)

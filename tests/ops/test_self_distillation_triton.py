@@ -28,10 +28,10 @@ from sdfast.ops.self_distillation.description import (
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-here = pytest.mark.skipif(
-    not (INTERPRETED or DEVICE == "cuda"), reason="runs in the process of test_all_in_the_interpreter"
-)
-compiled = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+here = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_all_in_the_interpreter")
+compiled = pytest.mark.cuda
+if DEVICE == "cuda":
+    here = compiled
 
 EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 HALVES = (torch.bfloat16, torch.float16)
