@@ -28,7 +28,7 @@ def spectra(n, generator):
     i = np.arange(1, n + 1)
     return [
         np.repeat(generator.uniform(size=n // 30 + 1), 30)[:n],  # each thirty times
-        generator.choice([1.0, 0.7, 0.3], n) * (1 + 1e-9 * generator.normal(size=n)),
+        generator.choice([1.0, 0.7, 0.3], n) * (1 + 1e-13 * generator.normal(size=n)),
         np.where(i <= n // 3, 1.0, 0.0),
         0.8**i,
         1.0 / i**2,
@@ -50,7 +50,7 @@ def starts(vectors, generator):
 
 
 # 5: a block is wider; 40: it is not, and copies must be looked for.
-@pytest.mark.parametrize("k", [1, 5, 40])
+@pytest.mark.parametrize("k", [5, 40])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_a_converged_pair_is_one_of_the_largest(k, dtype):
     generator = np.random.default_rng(torch.randint(2**31, ()).item())
