@@ -1,6 +1,6 @@
 """``sdfast demo``: the same small network on the same noisy labels, by cross entropy and by self-distillation.
 
-And the theory of it on a kernel: rounds of self-distillation that first help, then hurt, the best one foreseen.
+And why: what the labels hold of the network's own kernel, and rounds of self-distillation in closed form.
 """
 
 import argparse
@@ -8,7 +8,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from tqdm import tqdm
 
 import sdfast
 from sdfast import _dispatch, _files, plots, report
-from sdfast.data import Batches, flip_labels, load_dataset
+from sdfast.data import Batches, Dataset, NoisyLabels, flip_labels, load_dataset
+from sdfast.experiments import demo_kernel
 from sdfast.hilbert import command as hilbert_command
 from sdfast.models import mlp
 from sdfast.ops.self_distillation import AdaptiveAlpha
@@ -60,11 +62,14 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--picture: there is no folder {arguments.picture.parent}")
     arguments.output.mkdir(parents=True, exist_ok=True)
     results = run_demo(arguments.seeds, arguments.epochs, progress=not arguments.no_progress)
+    watched = watch(arguments.epochs)
+    results["kernel"] = watched.results
     _files.write_text(arguments.output / "results.json", json.dumps(results, indent=1) + "\n")
     headers, rows = summary(results)
     pictures: dict[str, bytes] = {}
     if reason is None:
         figures = {"curves.png": draw(results), "rounds.png": hilbert_command.draw(results["kernel_rounds"])}
+        figures |= demo_kernel.draw(watched)
         pictures = {name: plots.png(figure) for name, figure in figures.items()}
         for name, picture in pictures.items():
             _write_picture(arguments.output / name, picture)
@@ -76,6 +81,9 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(f"Test accuracy after training on digits, {redrawn(results)}\n")
         print(report.plain_table(headers, rows))
+        print(f"\nInformation ratio of the labels along training, in the top {demo_kernel.TOP} of the tangent kernel\n")
+        print(report.plain_table(*demo_kernel.table(results["kernel"])))
+        print(f"\n{demo_kernel.reading(results['kernel'])}")
         print(f"\nRounds of self-distillation on a kernel ({kernel_command()})\n")
         print(report.plain_table(*hilbert_command.table(results["kernel_rounds"])))
         print(f"\n{hilbert_command.reading(results['kernel_rounds'])}")
@@ -112,13 +120,8 @@ def run_demo(seeds: int, epochs: int, progress: bool = True) -> dict[str, Any]:
     Returns:
         What results.json holds: the setting, the environment, each run's curves, and the rounds on a kernel.
     """
-    threads = torch.get_num_threads()
-    # So small a network gains nothing from a second thread, and crawls where another program wants that core.
-    torch.set_num_threads(1)
-    try:
+    with _one_thread():
         runs, wrong_labels = _train_all(seeds, epochs, progress)
-    finally:
-        torch.set_num_threads(threads)
     return {
         "data": "digits",
         "noise_rate": NOISE_RATE,
@@ -136,6 +139,17 @@ def run_demo(seeds: int, epochs: int, progress: bool = True) -> dict[str, Any]:
             "backend": _dispatch.automatic("cpu"),
         },
     }
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """So small a network gains nothing from a second thread, and crawls where another program wants that core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _train_all(seeds: int, epochs: int, progress: bool) -> tuple[dict[str, list[dict]], float]:
@@ -157,12 +171,33 @@ def _train_all(seeds: int, epochs: int, progress: bool) -> tuple[dict[str, list[
     return runs, statistics.mean(rates)
 
 
+def watch(epochs: int) -> demo_kernel.Watched:
+    """The first run of self-distillation once more, seen through its kernel: the runs themselves are timed."""
+    trained: list[SelfDistiller] = []
+
+    def train(probe: Callable[[SelfDistiller, History], object]) -> torch.nn.Module:
+        def look(distiller: SelfDistiller, history: History) -> None:
+            probe(distiller, history)
+            trained[:] = [distiller]
+
+        train_once(METHODS["self-distillation"][1], 0, epochs, look)
+        return trained[0].model
+
+    with _one_thread():
+        return demo_kernel.watch(*_noisy_digits(0), train)
+
+
+def _noisy_digits(seed: int) -> tuple[Dataset, NoisyLabels]:
+    data = load_dataset("digits", seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    return data, flip_labels(data.train_labels, NOISE_RATE, data.num_classes, generator=generator)
+
+
 def train_once(
     alpha: float | AdaptiveAlpha, seed: int, epochs: int, callback: Callable[[SelfDistiller, History], object]
 ) -> tuple[float, History]:
     """One run: the realised noise rate, and the history with test and clean accuracies."""
-    data = load_dataset("digits", seed=seed)
-    noise = flip_labels(data.train_labels, NOISE_RATE, data.num_classes, generator=torch.Generator().manual_seed(seed))
+    data, noise = _noisy_digits(seed)
     torch.manual_seed(seed)
     model = mlp(WIDTHS)
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
@@ -213,7 +248,7 @@ def draw(results: dict[str, Any]) -> Any:
     setting = f"{'-'.join(map(str, results['widths']))} network"
     seeds = len(next(iter(results["runs"].values())))
     return plots.comparison(
-        "A network that learns from its own predictions ignores the wrong labels",
+        "Training on wrong labels, by cross entropy and by self-distillation",
         f"digits, {redrawn(results)}; {setting}; mean and range of {seeds} seed{'s' if seeds > 1 else ''}",
         [
             plots.Panel("Accuracy on test data", curves("eval_accuracy")),
@@ -246,6 +281,7 @@ def write_report(
             ),
         )
     )
+    parts.append(demo_kernel.section(results["kernel"], pictures))
     parts += [_rounds_section(results["kernel_rounds"], pictures), _setting_section(results)]
     parts.append(
         report.section(

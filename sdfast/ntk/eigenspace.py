@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sdfast import _checks, _warnings
 from sdfast.ntk import krylov
-from sdfast.ntk.operands import DTYPES, Operand, as_operand, output_like
+from sdfast.ntk.operands import DTYPES, Operand, Operator, as_operand, as_tensor, output_like, power_of_two
 
 __all__ = ["Eigenspace", "eigenspace"]
 
@@ -24,12 +24,16 @@ class Eigenspace:
     Attributes:
         values: λ (k,), descending.
         vectors: V (n, k), orthonormal columns.
-        residuals: ‖Hv_i − λ_i v_i‖ / |λ|_max (k,), of these very vectors, summed in float64.
-        converged: Which residuals are within the tolerance (k,).
-        gap: (λ_k − λ_{k+1}) / λ_k: near 0 the space, though not its eigenvalues, is undetermined; infinite for k = n.
+        residuals: ‖Hv_i − λ_i v_i‖ / |λ|_max (k,), of these very vectors, summed in float64; |λ|_max as far as it was
+            seen, which is no more than it is.
+        converged: Which residuals are within the tolerance (k,); none of a run that `max_iterations` stopped before it
+            knew of no larger eigenvalue.
+        gap: (λ_k − λ_{k+1}) / λ_k: near 0 the space, though not its eigenvalues, is undetermined; infinite for k = n,
+            0 where a run was stopped before it knew λ_{k+1}.
         angle: The sine between this space and the true one is at most about this: ‖R‖ / (λ_k − λ_{k+1}), R the residual
             vectors (Davis and Kahan); infinite where there is no gap.
         method: How they were found, in words.
+        matrix_free: Whether H was given as an operator and never formed.
     """
 
     values: Any
@@ -39,6 +43,7 @@ class Eigenspace:
     gap: float
     angle: float
     method: str
+    matrix_free: bool = False
 
     def __len__(self) -> int:
         return len(self.values)
@@ -57,6 +62,7 @@ def eigenspace(
 ) -> Eigenspace:
     """The k eigenpairs H v = λ v with the largest λ.
 
+    Of ``sdfast.ntk.operator`` H is formed first where that is predicted to cost less; the result says which.
     A small matrix, or a large share of all pairs, is decomposed densely in float64; else a block Krylov space with full
     re-orthogonalisation is built (`sdfast.ntk.krylov`), first with products in H's own dtype, then, where the tolerance
     is beyond them, with products summed in float64. The residuals are always computed anew in float64.
@@ -67,7 +73,8 @@ def eigenspace(
         k: How many, 1 to n.
         tolerance: On each residual ‖Hv − λv‖ / |λ|_max. ``None``: 1e-10 for float64, else 1e-5.
         max_iterations: Block products at most, per precision.
-        start: An `Eigenspace` of a similar H, or (n, any) columns, to begin with.
+        start: An `Eigenspace` of a similar H, or (n, any) columns, to begin with: a few more than k
+            of them at most.
         seed: Of the random columns.
         precision: Of the products while iterating: ``"float32"``, ``"float64"`` or H's own.
         strict: Raise where a pair has not converged, instead of warning.
@@ -88,15 +95,18 @@ def eigenspace(
         _checks.check_option("precision", precision, DTYPES)
     tolerance = _check_tolerance(tolerance, operand.dtype)
     started = None if start is None else _check_start(start, operand)
-    if operand.dense_is_cheaper(k):
+    operand, chosen = operand.chosen(k)
+    dense = operand.dense_is_cheaper(k)
+    if dense:
         found = _dense(operand, k)
     else:
         asked = _settings(k, points, operand.device, tolerance, max_iterations)
         found = _krylov(operand, asked, started, seed, precision)
     space = _finish(operand, found)
-    converged = space.residuals <= tolerance
+    space = replace(space, method=f"{chosen}{space.method}", matrix_free=isinstance(operand, Operator) and not dense)
+    converged = (space.residuals <= tolerance) & found.complete
     if not bool(converged.all()):
-        _report(space, tolerance, strict)
+        _report(replace(space, converged=converged), found.complete, tolerance, strict)
     arrays = {name: getattr(space, name) for name in ("values", "vectors", "residuals")} | {"converged": converged}
     return replace(space, **{name: output_like(gram, array) for name, array in arrays.items()})
 
@@ -106,6 +116,7 @@ class _Found(NamedTuple):
     following: float | None  # λ_{k+1}
     scale: float  # the largest |λ|
     method: str
+    complete: bool = True  # not stopped before these were known to be the top pairs
 
 
 def _dense(operand: Operand, k: int) -> _Found:
@@ -123,33 +134,38 @@ def _krylov(operand: Operand, asked: krylov.Settings, start: Tensor | None, seed
     generator = torch.Generator(operand.device).manual_seed(seed)
     empty = torch.empty((operand.points, 0), dtype=torch.float64, device=operand.device)
     said: list[str] = []
+    finished = False
     for dtype in dict.fromkeys(dtypes):
         reach = max(asked.tolerance, _REACH[dtype])
-        within = replace(asked, tolerance=reach, trusted=bool(said))
+        within = replace(asked, tolerance=reach, trusted=finished)
         outcome = krylov.top_pairs(partial(operand.product, dtype=dtype), start, empty, generator, within)
         name = str(dtype).removeprefix("torch.")
         said.append(f"{outcome.products} products of {outcome.columns} columns in {name}")
-        start = outcome.vectors
+        start, finished = outcome.vectors, outcome.finished
         if reach <= asked.tolerance and outcome.finished:
             break
-    following = float(outcome.values[asked.wanted]) if len(outcome.values) > asked.wanted else None
-    return _Found(outcome.vectors, following, outcome.scale, f"block Krylov: {', then '.join(said)}")
+    following = None if asked.wanted == operand.points else math.inf  # not known, so no gap is
+    if finished and following is not None:
+        following = float(outcome.values[asked.wanted])
+    return _Found(outcome.vectors, following, outcome.scale, f"block Krylov: {', then '.join(said)}", finished)
 
 
 def _finish(operand: Operand, found: _Found) -> Eigenspace:
     """Rayleigh–Ritz within the space found, and the residuals, all from one product summed in float64."""
     image = operand.product(found.vectors, torch.float64)
+    unit = power_of_two(max(found.scale, image.abs().max().item()))  # squares of residuals: numbers at any size
+    image = image / unit
     small = found.vectors.mT @ image
     values, rotation = torch.linalg.eigh((small + small.mT) / 2)
     values, rotation = values.flip(0), rotation.flip(1)
     vectors, image = found.vectors @ rotation, image @ rotation
-    scale = max(found.scale, values.abs().max().item())
+    scale = max(found.scale / unit, values.abs().max().item())
     residuals = (image - vectors * values).norm(dim=0) / (scale or 1.0)
     last = values[-1].item()
-    gap = _gap(last, found.following, scale)
+    gap = _gap(last, None if found.following is None else found.following / unit, scale)
     distance, size = gap * abs(last), residuals.norm().item() * scale
     angle = 0.0 if gap == math.inf else size / distance if distance > 0 else math.inf
-    return Eigenspace(values, vectors, residuals, None, gap, angle, found.method)
+    return Eigenspace(values * unit, vectors, residuals, None, gap, angle, found.method)
 
 
 def _gap(last: float, following: float | None, scale: float) -> float:
@@ -160,11 +176,12 @@ def _gap(last: float, following: float | None, scale: float) -> float:
     return (last - following) / abs(last)
 
 
-def _report(space: Eigenspace, tolerance: float, strict: bool) -> None:
-    count, worst = int((~(space.residuals <= tolerance)).sum()), space.residuals.max().item()
+def _report(space: Eigenspace, complete: bool, tolerance: float, strict: bool) -> None:
+    count, worst = int((~space.converged).sum()), space.residuals.max().item()
+    why = "" if complete else " or a larger eigenvalue may have been missed, as max_iterations came first"
     message = (
         f"eigenspace: {count} of {len(space)} pairs have not converged: the largest residual is {worst:.3g}, wanted "
-        f"{tolerance:.3g} ({space.method}); raise max_iterations or the tolerance"
+        f"{tolerance:.3g}{why} ({space.method}); raise max_iterations or the tolerance"
     )
     if strict:
         raise RuntimeError(message)
@@ -189,7 +206,7 @@ def _check_tolerance(tolerance: float | None, dtype: torch.dtype) -> float:
 
 def _check_start(start: Any, operand: Operand) -> Tensor:
     given = start.vectors if isinstance(start, Eigenspace) else start
-    columns = torch.as_tensor(given).to(operand.device, torch.float64)
+    columns = as_tensor("start", given).to(operand.device, torch.float64)
     if columns.dim() != 2 or len(columns) != operand.points or not 1 <= columns.shape[1] <= operand.points:
         raise ValueError(
             f"start: got shape {tuple(columns.shape)}, wanted ({operand.points}, columns) for the points of gram"

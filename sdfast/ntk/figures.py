@@ -1,4 +1,4 @@
-"""A Gram matrix as pictures: its spectrum, and its entries with the samples in the order of their labels."""
+"""A Gram matrix as pictures: its spectrum, its entries by label, and what its top eigenspace holds of noisy labels."""
 
 from typing import Any
 
@@ -35,13 +35,41 @@ def spectrum(values: Tensor, title: str) -> Any:
     return figure
 
 
-def heat_map(gram: Tensor, labels: Tensor | None, title: str) -> Any:
+def noise_sweep(results: dict[str, Any], k: int, subtitle: str) -> Any:
+    """The information ratio against the share of flipped labels.
+
+    Args:
+        results: Of `retrieval.sweep_results`.
+        k: Pairs of the eigenspace.
+        subtitle: Of which kernel.
+
+    Returns:
+        A matplotlib figure.
+    """
+    return plots.comparison("Information ratio of flipped labels", subtitle, [sweep_panel(results, k)])
+
+
+def sweep_panel(results: dict[str, Any], k: int) -> plots.Panel:
+    """The panel of it, for a picture of several."""
+    runs = list(zip(*results["ratios"], strict=True))  # (repeats, rates)
+    return plots.Panel(
+        f"Share of the labels in the top {k}, ± standard deviation",
+        [plots.Curve("labels", plots.BLUE, runs)],
+        x_name="labels flipped (%)",
+        xs=[100 * rate for rate in results["rates"]],
+        deviation=True,
+        percent=False,
+    )
+
+
+def heat_map(gram: Tensor, labels: Tensor | None, title: str, size: float = 13) -> Any:
     """Cosines between gradients, H_ij / √(H_ii H_jj), samples in the order of their labels.
 
     Args:
         gram: (n, n).
         labels: (n,) classes, or ``None`` to keep the order.
         title: Of the picture.
+        size: Of its letters.
 
     Returns:
         A matplotlib figure.
@@ -52,7 +80,7 @@ def heat_map(gram: Tensor, labels: Tensor | None, title: str) -> Any:
     cosines = (gram / torch.outer(scale, scale)).nan_to_num(0)[order][:, order]
     figure = plots.new_figure(6.4, 6)
     figure.subplots_adjust(left=0.07, right=0.93, top=0.88, bottom=0.06)
-    figure.text(0.02, 0.95, title, fontsize=13, fontweight="bold", color="#202124")
+    figure.text(0.02, 0.95, title, fontsize=size, fontweight="bold", color="#202124")
     axes = figure.add_subplot()
     image = axes.imshow(cosines.numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
     figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)

@@ -6,15 +6,21 @@ rank). The basis and all small matrices are float64, whatever the products are c
 the basis and is not multiplied again: it is locked.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sdfast.ntk.operands import power_of_two
+
+_SMALLEST = 2.0**-100
+FRESH_BESIDE_START = 3  # of the first such look of a run that was given columns to begin with
 FRESH = 8  # random columns of a look for eigenvectors that the block has missed
 DEPTH = 3  # products that each random column takes part in before it counts as having seen the top
+_SEEN = 3.0  # times the tolerance: a residual small enough for what a look has brought up
 _NEXT = 30.0  # the pair after the wanted ones is for the gap alone: this many times the tolerance will do
 
 
@@ -49,7 +55,7 @@ class Outcome:
         vectors: (n, wanted) float64, orthonormal.
         products: Block products made.
         columns: Vectors multiplied.
-        finished: Whether the iteration's own estimates meet the tolerance.
+        finished: Whether the iteration's own estimates meet the tolerance, and the look for missed ones is through.
     """
 
     values: np.ndarray
@@ -93,7 +99,24 @@ def top_pairs(
     Returns:
         The pairs, converged or not.
     """
-    return _Run(product, empty, generator, asked).solve(start)
+    scaled = _Scaled(product)
+    outcome = _Run(scaled, empty, generator, asked).solve(start)
+    return replace(outcome, values=outcome.values * scaled.unit, scale=outcome.scale * scaled.unit)
+
+
+class _Scaled:
+    """Products with H over a power of two, which the first one shows: squares of its entries might not be numbers."""
+
+    def __init__(self, product: Callable[[Tensor], Tensor]) -> None:
+        self.product, self.unit = product, 0.0
+
+    def __call__(self, columns: Tensor) -> Tensor:
+        if self.unit:
+            before = min(max(self.unit, _SMALLEST), 1 / _SMALLEST)  # what float32 columns can be divided by
+            return self.product(columns / before) / (self.unit / before)
+        image = self.product(columns)
+        self.unit = power_of_two(image.abs().amax().item() * len(image) ** 0.5) if image.numel() else 1.0
+        return image / self.unit
 
 
 class _Run:
@@ -110,6 +133,7 @@ class _Run:
         self.size = 0
         self.values = np.zeros(0)
         self.rotation = np.zeros((0, 0))
+        self.fresh_from: int | None = None  # where in the basis the last look for missed eigenvectors began
 
     @property
     def known(self) -> Tensor:
@@ -118,13 +142,17 @@ class _Run:
 
     def solve(self, start: Tensor | None) -> Outcome:
         asked, columns, checked = self.asked, 0, 0
-        fresh = asked.block if start is None else max(asked.block - start.shape[1], 0 if asked.trusted else 3)
+        start = None if start is None else start[:, : asked.wanted + asked.block]
+        given = 0 if start is None else start.shape[1]
+        fresh = max(asked.block - given, 0) if start is None or asked.trusted else 0
         block = self.orthonormal(self.random(fresh) if start is None else torch.cat([start, self.random(fresh)], 1))
+        if not block.shape[1]:
+            block = self.orthonormal(self.random(asked.block))
         # A block of more random columns than are wanted has a share in every copy of a repeated eigenvalue.
         seen = asked.trusted or (start is None and fresh > asked.wanted)
-        waiting, before = (0 if start is None or asked.trusted else DEPTH), None
+        waiting, before = 0, None
         for count in range(1, asked.products + 1):
-            remainder = self.extend(block)
+            remainder = self.extend(block, count == 1 and start is not None)
             columns, waiting = columns + block.shape[1], waiting - 1
             squares = _to_host(remainder.mT @ remainder)
             whole, last = self.size == self.points, count == asked.products
@@ -133,17 +161,18 @@ class _Run:
             if whole or last or full or self.size >= checked + max(1, self.size // 8):
                 checked = self.size
                 estimates = self.rayleigh_ritz(squares, self.size - block.shape[1])
-                if count == 1 and start is not None:
-                    before = self.values[: asked.wanted].copy()
-                finished = whole or (waiting <= 0 and self.meets(estimates))
-            looking = finished and not (whole or seen or self.unchanged(before))
+                resolved = waiting <= 0 and self.fresh_is_resolved(squares, self.size - block.shape[1])
+                finished = whole or (resolved and self.meets(estimates))
+            first = count == 1 and start is not None and not asked.trusted  # what a start misses is looked for at once
+            looking = (first or finished) and not (whole or seen or self.unchanged(before))
             if last or (finished and not looking):
                 return self.outcome(count, columns, finished and not looking)
             if looking:
-                before, waiting = self.values[: asked.wanted].copy(), DEPTH
+                before, waiting, self.fresh_from = self.values[: asked.wanted].copy(), DEPTH, self.size
             if full:
-                checked = 0
-            block = self.next_block(remainder, squares, looking, full)
+                checked, self.fresh_from = 0, None
+            drawn = (FRESH_BESIDE_START if first else FRESH) if looking else 0
+            block = self.next_block(remainder, squares, drawn, full)
         raise ValueError(f"max_iterations: got {asked.products}, wanted at least 1")
 
     @property
@@ -151,7 +180,7 @@ class _Run:
         """Columns that the basis can still take."""
         return self.basis.shape[1] - self.size
 
-    def extend(self, block: Tensor) -> Tensor:
+    def extend(self, block: Tensor, may_be_rounding: bool) -> Tensor:
         """Takes a block into the basis; what H makes of it outside the basis is returned."""
         first, last = self.size, self.size + block.shape[1]
         self.basis[:, first:last] = block
@@ -159,7 +188,7 @@ class _Run:
         image = self.product(block)
         inside = self.known.mT @ image
         coefficients = _to_host(inside)
-        check_projection(coefficients[first:], self.scale)
+        check_projection(coefficients[first:], self.scale, may_be_rounding)
         self.projected[:last, first:last] = coefficients
         self.projected[first:last, :last] = coefficients.T
         return image.sub_(self.known @ inside)
@@ -184,14 +213,31 @@ class _Run:
         allowed[self.asked.wanted :] *= _NEXT
         return bool((estimates <= 0.9 * allowed * self.scale).all())  # next_block drops 0.1 of it
 
+    def fresh_is_resolved(self, squares: np.ndarray, open_from: int) -> bool:
+        """Whether the largest Ritz pair that lies mostly in what a look has brought up is known well enough.
+
+        Its eigenvalue is within its residual norm of its Ritz value: that may not reach the wanted ones, but for the
+        tolerance. Before, a copy of one of them might still be on its way up.
+        """
+        if self.fresh_from is None:
+            return True
+        shares = np.square(self.rotation[self.fresh_from :]).sum(0)
+        largest = int(np.argmax(shares >= 0.5))
+        if shares[largest] < 0.5:
+            return True
+        end = self.rotation[open_from:, largest]
+        distance = self.values[min(self.asked.wanted, self.size) - 1] - self.values[largest]
+        allowed = max(0.3 * distance, _SEEN * self.asked.tolerance * self.scale)
+        return bool(math.sqrt(max(end @ squares @ end, 0.0)) <= allowed)
+
     def unchanged(self, before: np.ndarray | None) -> bool:
         """Whether fresh random columns have brought up no eigenvalue that was missed."""
-        if before is None:
+        if before is None or len(before) < self.asked.wanted:
             return False
         change = np.abs(self.values[: self.asked.wanted] - before).max()
-        return bool(change <= 10 * self.asked.tolerance * self.scale)
+        return bool(change <= 2 * self.asked.tolerance * self.scale)
 
-    def next_block(self, remainder: Tensor, squares: np.ndarray, looking: bool, full: bool) -> Tensor:
+    def next_block(self, remainder: Tensor, squares: np.ndarray, drawn: int, full: bool) -> Tensor:
         """The remainder's directions that matter, and random columns where asked for or nothing else is left."""
         spectrum, directions = _eigh(squares)
         floor = max((0.1 * self.asked.tolerance * self.scale) ** 2, 1e-15 * len(spectrum) * spectrum.max(initial=0.0))
@@ -199,8 +245,8 @@ class _Run:
         block = remainder @ self.from_host(directions[:, kept] / np.sqrt(spectrum[kept]))
         if full:
             self.restart()
-        if looking or not kept.any():
-            block = torch.cat([block, self.random(FRESH)], 1)
+        if drawn or not kept.any():
+            block = torch.cat([block, self.random(drawn or FRESH)], 1)
         return self.orthonormal(block[:, : self.room])
 
     def restart(self) -> None:
@@ -237,15 +283,18 @@ class _Run:
     def outcome(self, products: int, columns: int, finished: bool) -> Outcome:
         wanted = self.asked.wanted
         vectors = self.known @ self.from_host(self.rotation[:, :wanted])
+        if self.size < wanted:  # stopped before there were as many: any others, which are marked as not converged
+            vectors = torch.cat([vectors, self.orthonormal(self.random(wanted - self.size))], 1)
         return Outcome(self.values[: wanted + 1], self.scale, vectors, products, columns, finished)
 
 
-def check_projection(square: np.ndarray, scale: float) -> None:
+def check_projection(square: np.ndarray, scale: float, may_be_rounding: bool = False) -> None:
     """Refuses what Qᵀ H Q of one block Q shows not to be finite or symmetric.
 
     Args:
         square: Qᵀ H Q.
         scale: The largest |λ| seen so far.
+        may_be_rounding: The block may lie where H is 0, and the products be nothing but rounding.
 
     Raises:
         ValueError: It is not.
@@ -253,7 +302,7 @@ def check_projection(square: np.ndarray, scale: float) -> None:
     if not np.isfinite(square).all():
         raise ValueError("gram: a product with it holds NaN or infinity, wanted finite numbers")
     asymmetry, scale = np.abs(square - square.T).max(initial=0.0), max(scale, np.abs(square).max(initial=0.0))
-    if asymmetry > 1e-3 * scale:
+    if asymmetry > 1e-3 * scale and not may_be_rounding:
         raise ValueError(
             f"gram: is not symmetric: uᵀHv and vᵀHu differ by {asymmetry:.3g}, where H is of size {scale:.3g}"
         )

@@ -1,5 +1,6 @@
 """What `eigenspace` multiplies by: a matrix of torch, NumPy or CuPy, or an operator, behind one small interface."""
 
+import math
 import warnings
 from typing import Any
 
@@ -10,10 +11,32 @@ from torch import Tensor
 
 from sdfast import _checks
 from sdfast.ntk import symmetric_product
+from sdfast.ntk.operator_costs import Costs
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _ROUNDING = 100  # units in the last place of the largest entry, by which a matrix may differ from its transpose
+_BLOCK = 8  # columns of a block product of few pairs
 _OVERHEAD = 1e8  # FLOPs that a handful of Krylov steps cost beside their arithmetic
+
+
+def power_of_two(size: float) -> float:
+    """The one at `size` or next below it, by which a division rounds nothing; 1 for 0 and for what is not finite."""
+    return math.ldexp(1.0, math.frexp(size)[1] - 1) if 0 < size < math.inf else 1.0
+
+
+def krylov_columns(k: int) -> int:
+    """Vectors that a Krylov space of usual size multiplies."""
+    return max(64, 4 * (k + 3))
+
+
+def krylov_flops(points: int, columns: int) -> float:
+    """FLOPs of a Krylov space beside the products."""
+    return 8.0 * points * columns**2 + 10.0 * columns**3
+
+
+def dense_flops(points: int) -> float:
+    """FLOPs of a dense decomposition."""
+    return 10.0 * points**3
 
 
 class Matrix:
@@ -33,6 +56,7 @@ class Matrix:
         self.matrix = _check_symmetric(matrix)
         self.points, self.dtype, self.device = len(matrix), matrix.dtype, matrix.device
         self._rounded: Tensor | None = None
+        self._unit = 1.0
 
     def product(self, columns: Tensor, dtype: torch.dtype) -> Tensor:
         """H X, X rounded to `dtype` and summed in it, as float64."""
@@ -41,9 +65,15 @@ class Matrix:
         if self.dtype == dtype:
             matrix = self.matrix
         else:  # float64 entries, float32 products
-            self._rounded = self.matrix.to(dtype) if self._rounded is None else self._rounded
+            if self._rounded is None:  # over a power of two, as its entries may be beyond float32
+                self._unit = power_of_two(self.matrix.abs().max().item())
+                self._rounded = (self.matrix / self._unit).to(dtype)
             matrix = self._rounded
-        return symmetric_product.multiply(matrix, columns.to(dtype)).double()
+        return symmetric_product.multiply(matrix, columns.to(dtype)).double() * self._unit
+
+    def chosen(self, k: int) -> "tuple[Matrix, str]":
+        """Itself: it is there already."""
+        return self, ""
 
     def to_dense(self) -> Tensor:
         """H in float64."""
@@ -51,10 +81,9 @@ class Matrix:
 
     def dense_is_cheaper(self, k: int) -> bool:
         """Whether n³ of a dense decomposition are fewer FLOPs than the columns of a Krylov space of usual size."""
-        points, columns = self.points, max(64, 4 * (k + 3))
-        dense = 10.0 * points**3
-        krylov = columns * (2.0 * points**2 + 8.0 * points * columns) + 10.0 * columns**3
-        return dense <= krylov + _OVERHEAD
+        columns = krylov_columns(k)
+        krylov = columns * 2.0 * self.points**2 + krylov_flops(self.points, columns)
+        return dense_flops(self.points) <= krylov + _OVERHEAD
 
 
 class Operator:
@@ -97,7 +126,32 @@ class Operator:
 
     def dense_is_cheaper(self, k: int) -> bool:
         """Whether n products of one column are no more than a Krylov space takes."""
-        return self.points <= max(64, 4 * (k + 3))
+        return self.points <= krylov_columns(k)
+
+    def chosen(self, k: int) -> "tuple[Operand, str]":
+        """H formed, where the operator can and forming it is predicted to cost less; and the choice in words.
+
+        Counted are the FLOPs of all products of a Krylov space of usual size, the collecting of gradients that are not
+        kept included, against those of H once and the cheapest way to its eigenspace. H must fit in the operator's own
+        memory.
+        """
+        costs = getattr(self.operator, "costs", None)
+        if not isinstance(costs, Costs):
+            return self, ""
+        columns = krylov_columns(k)
+        basis = krylov_flops(self.points, columns)
+        free = columns * costs.product + columns / _BLOCK * costs.collect + basis
+        formed = costs.matrix + costs.collect
+        formed += min(dense_flops(self.points), columns * 2.0 * self.points**2 + basis)
+        if costs.matrix_bytes > self.operator.memory:
+            return (
+                self,
+                f"matrix-free (H takes {costs.matrix_bytes / 2**30:.3g} GiB, more than the operator's memory): ",
+            )
+        predicted = f"{formed / 1e9:.3g} GFLOP with H formed, {free / 1e9:.3g} without"
+        if formed > free:
+            return self, f"matrix-free ({predicted}): "
+        return Matrix(self.operator.to_dense()), f"H formed ({predicted}): "
 
 
 Operand = Matrix | Operator
@@ -121,9 +175,7 @@ def as_operand(gram: Any) -> Operand:
             raise ValueError("gram: requires grad, but eigenspace is not differentiated; pass gram.detach()")
         return Matrix(gram)
     if array_api_compat.is_numpy_array(gram) or array_api_compat.is_cupy_array(gram):
-        if gram.dtype.kind != "f" or gram.dtype.itemsize > 8:
-            raise TypeError(f"gram: got {gram.dtype}, wanted float32, float64 or float16")
-        return Matrix(_from_numpy(gram) if isinstance(gram, np.ndarray) else torch.from_dlpack(gram))
+        return Matrix(as_tensor("gram", gram))
     if hasattr(gram, "tocsr"):
         from scipy.sparse.linalg import aslinearoperator
 
@@ -134,6 +186,29 @@ def as_operand(gram: Any) -> Operand:
         f"gram: got {type(gram).__name__}, wanted a torch tensor, a NumPy or CuPy array, or an operator with shape, "
         "dtype and matmat"
     )
+
+
+def as_tensor(name: str, array: Any) -> Tensor:
+    """An array of real floating numbers as a tensor, which shares its memory where it can.
+
+    Args:
+        name: Of the argument, for the errors.
+        array: Of torch, NumPy or CuPy.
+
+    Returns:
+        The tensor.
+
+    Raises:
+        TypeError: It is no array, or holds other numbers.
+    """  # raised by the checks called here
+    if isinstance(array, Tensor):
+        _checks.check_floating(name, array)
+        return array.detach()
+    if not (array_api_compat.is_numpy_array(array) or array_api_compat.is_cupy_array(array)):
+        raise TypeError(f"{name}: got {type(array).__name__}, wanted a torch tensor, a NumPy or CuPy array")
+    if array.dtype.kind != "f" or array.dtype.itemsize > 8:
+        raise TypeError(f"{name}: got {array.dtype}, wanted float32, float64 or float16")
+    return _from_numpy(array) if isinstance(array, np.ndarray) else torch.from_dlpack(array)
 
 
 def output_like(gram: Any, result: Tensor) -> Any:

@@ -18,8 +18,11 @@ from sdfast.ntk import inputs as feeding
 from sdfast.ntk.blocks import Block, Group, collect, groups_of
 from sdfast.ntk.factors import backward_factors, column_chunks, forward_factors, squared_norms
 from sdfast.ntk.gram import check_memory
+from sdfast.ntk.operator_costs import Costs, costs_of
 from sdfast.ntk.outputs import Outputs
 from sdfast.ntk.plan import Plan, make_plan
+from sdfast.ntk.products import products_in
+from sdfast.ntk.result import Result
 from sdfast.ntk.sample_gradients import check_batch_size
 from sdfast.ntk.sample_rows import PathChangedError
 from sdfast.ntk.source import Source, loop_everything, say, select_parameters
@@ -82,6 +85,7 @@ class _Gradients:
         self.form = source.outputs.form
         samples = source.samples
         plan = make_plan(source.findings, source.parameters, self.form, source.classes, (samples, samples), memory)
+        self.entries = {entry.name: entry for entry in plan.entries}
         _choose_factors(plan, samples, source.classes, first.element_size(), memory if factored else 0)
         self.groups = groups_of(plan, samples, source.classes, first.element_size(), memory)
         self.offsets, self.count = {}, 0
@@ -210,6 +214,39 @@ class NTKOperator(_Operator):
     def T(self) -> "NTKOperator":  # noqa: N802
         """Itself."""
         return self
+
+    @property
+    def costs(self) -> Costs:
+        """What a product and the matrix itself cost; `eigenspace` chooses by it."""
+        gradients, source = self._gradients, self._gradients.source
+        kept = gradients.kept is not None
+        return costs_of(
+            gradients.groups,
+            gradients.entries,
+            source.samples,
+            source.classes,
+            gradients.form,
+            self.dtype.itemsize,
+            kept,
+        )
+
+    @property
+    def memory(self) -> int:
+        """Bytes that were allowed for the gradients; `eigenspace` makes no larger matrix either."""
+        return self._gradients.memory
+
+    def to_dense(self) -> Tensor:
+        """H itself (rows, rows) in the operator's dtype: what `gram` computes, symmetric in every bit."""
+        gradients, source = self._gradients, self._gradients.source
+        precision = _checks.dtype_name(next(iter(source.parameters.values())))
+        points = source.samples
+        result = Result(source.outputs, points, points, precision, self.device, symmetric=True, out=None)
+        with torch.no_grad(), products_in(precision):
+            for _, block in gradients.blocks():
+                for rows, columns in result.tiles():
+                    result.add(rows, columns, block.tile(block, rows, columns, gradients.form, precision))
+        matrix = result.finished()
+        return matrix.movedim(2, 1).reshape(self.shape) if gradients.form == "full" else matrix
 
     @functools.cached_property
     def jacobian(self) -> "JacobianOperator":

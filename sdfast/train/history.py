@@ -27,6 +27,8 @@ class EpochRecord(NamedTuple):
         agreement: Share of rows whose target still has its largest entry at the given label.
         learning_rate: Of the first parameter group, as the epoch began.
         seconds: Wall time, evaluation included.
+        information_ratio: Of the labels as given, where an `InformationProbe` looked after this epoch.
+        information_gain: Of the refined labels over them, then.
     """
 
     epoch: int
@@ -38,6 +40,8 @@ class EpochRecord(NamedTuple):
     agreement: float
     learning_rate: float
     seconds: float
+    information_ratio: float | None = None
+    information_gain: float | None = None
 
 
 class History:

@@ -12,6 +12,7 @@ from sdfast import _checks
 from sdfast.ntk.eigenspace import Eigenspace, eigenspace
 from sdfast.ntk.gram import gram
 from sdfast.ntk.information import information_ratio
+from sdfast.train.history import History
 
 __all__ = ["InformationProbe", "ProbeRecord"]
 
@@ -94,16 +95,19 @@ class InformationProbe:
         self.records: list[ProbeRecord] = []
         self.space: Eigenspace | None = None
 
-    def __call__(self, trained: Any, history: object = None) -> None:
+    def __call__(self, trained: Any, history: History | None = None) -> None:
         """Looks, where it is time to.
 
         Args:
             trained: The model, or a `SelfDistiller`.
-            history: Of the training; not used.
+            history: Of the training: its last epoch gets the ratio and the gain.
         """
         self.calls += 1
         if (self.calls - 1) % self.every == 0:
-            self.look(trained if isinstance(trained, nn.Module) else trained.model)
+            record = self.look(trained if isinstance(trained, nn.Module) else trained.model)
+            if history:
+                seen = history.last._replace(information_ratio=record.given, information_gain=record.gain)
+                history.records[-1] = seen
 
     def look(self, model: nn.Module) -> ProbeRecord:
         """Looks now.

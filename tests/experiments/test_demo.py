@@ -6,7 +6,9 @@ import time
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+import sdfast
 from sdfast.cli import main
 from sdfast.experiments import demo
 
@@ -25,7 +27,9 @@ def test_writes_a_page_a_picture_and_the_results(capfd, tmp_path):
         line = next(line for line in out.splitlines() if line.startswith(name))
         assert all(figure in line for figure in figures)
     page = (tmp_path / "index.html").read_text()
-    assert page.count("data:image/png;base64,") == 2
+    assert page.count("data:image/png;base64,") == 5
+    for name in ("heatmap.png", "spectrum.png", "information.png"):
+        assert base64.b64encode((tmp_path / name).read_bytes()).decode() in page
     assert "http" not in page  # it needs nothing but itself
     assert all(header in page for header in headers)
     assert (tmp_path / "my.png").read_bytes() == (tmp_path / "curves.png").read_bytes()
@@ -58,6 +62,29 @@ def test_rounds_on_a_kernel_help_then_hurt_and_the_best_is_foreseen(capfd, tmp_p
     if (tmp_path / "curves.png").exists():
         picture = (tmp_path / "rounds.png").read_bytes()
         assert base64.b64encode(picture).decode() in page
+
+
+def test_the_networks_kernel_is_the_one_that_was_trained(capfd, tmp_path):
+    assert main(["demo", "--seeds", "1", "--epochs", "12", "--output", str(tmp_path)]) == 0
+    out = capfd.readouterr().out
+    kernel = json.loads((tmp_path / "results.json").read_text())["kernel"]
+    data, noise = demo._noisy_digits(0)
+    models = []
+    demo.train_once(demo.METHODS["self-distillation"][1], 0, 12, lambda distiller, _: models.append(distiller.model))
+    matrix = sdfast.ntk.gram(models[-1], data.train_inputs[:128], outputs="mean").double()
+    values, vectors = torch.linalg.eigh(matrix)
+    assert kernel["eigenvalues"] == pytest.approx(values.flip(0).tolist(), abs=1e-5 * values[-1].item())
+    clean, given = (F.one_hot(labels[:128], 10).double() for labels in (data.train_labels, noise.labels))
+    ratios = [((vectors[:, -10:].T @ targets).norm() / targets.norm()).item() for targets in (clean, given)]
+    assert kernel["information_ratio"] == pytest.approx(ratios[0], abs=1e-5)
+    assert kernel["noise_sweep"]["mean"][0] == pytest.approx(ratios[0], abs=1e-5)
+    assert kernel["noise_sweep"]["mean"] == sorted(kernel["noise_sweep"]["mean"], reverse=True)
+    last = kernel["probe"][-1]
+    assert (last["call"], len(kernel["probe"])) == (12, 12)
+    assert (last["clean"], last["given"]) == pytest.approx(tuple(ratios), abs=1e-5)
+    gains = [record["gain"] for record in kernel["probe"]]
+    assert f"The gain is 0 or more in {sum(gain >= 0 for gain in gains)} of 12 epochs" in out
+    assert f"{last['gain']:+.3f}" in out
 
 
 def test_prints_one_json_document(capfd, tmp_path):

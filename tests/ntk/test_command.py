@@ -50,6 +50,38 @@ def test_weights_and_checkpoint_and_table(tmp_path, capsys):
     assert "checkpoint: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("positive", [[], ["--positive", "2", "7", "--center"]])
+def test_what_the_labels_hold_of_the_top_eigenspace(positive, tmp_path, capsys):
+    words = [*SMALL, "--samples", "128", "--topk", "7", "--output", str(tmp_path), *positive]
+    words += ["--noise-sweep", "--repeats", "9", "--rates", "0", "0.25", "0.5"]
+    assert main([*words, "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    matrix, labels = (np.load(tmp_path / "gram.npz")[name] for name in ("gram", "labels"))
+    values, vectors = (side[..., ::-1] for side in np.linalg.eigh(matrix.astype(np.float64)))
+    targets = np.where(np.isin(labels, [2, 7]), 1.0, -1.0)[:, None] if positive else np.eye(10)[labels]
+    targets = targets - targets.mean(0) if positive else targets
+    share = np.linalg.norm(vectors[:, :7].T @ targets) / np.linalg.norm(targets)
+    assert results["information_ratio"] == pytest.approx(share, abs=1e-6)
+    assert results["eigenspace"]["values"] == pytest.approx(values[:7])
+    assert all(results["eigenspace"]["converged"])
+    assert results["eigenspace"]["gap"] == pytest.approx((values[6] - values[7]) / values[6])
+    sweep = results["noise_sweep"]
+    assert sweep["rates"] == [0, 0.25, 0.5]
+    assert np.shape(sweep["ratios"]) == (3, 9)
+    assert sweep["mean"] == pytest.approx(np.mean(sweep["ratios"], 1))
+    assert sweep["deviation"] == pytest.approx(np.std(sweep["ratios"], 1, ddof=1), abs=1e-12)
+    assert sweep["mean"][0] == pytest.approx(share, abs=1e-6)
+    assert sweep["mean"][0] > sweep["mean"][1] > sweep["mean"][2]
+    saved = np.load(tmp_path / "eigenspace.npz")
+    assert np.allclose(abs(np.sum(saved["vectors"] * vectors[:, :7], 0)), 1)
+    assert (tmp_path / "noise_sweep.png").read_bytes()[:4] == b"\x89PNG"
+    assert main(words) == 0
+    told = capsys.readouterr().out
+    assert f"information ratio of the labels {share:.3f}" in told
+    assert f"{sweep['mean'][1]:.3f}" in told
+    assert "noise_sweep.png" in told
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -61,6 +93,12 @@ def test_weights_and_checkpoint_and_table(tmp_path, capsys):
         (["--batch-size", "0"], "--batch-size: got 0, wanted at least 1"),
         (["--hidden", "0"], "--hidden: got [0], wanted widths of at least 1"),
         (["--seed", "-1"], "--seed: got -1"),
+        (["--topk", "41"], "--topk: got 41, wanted 1 to 40, the samples"),
+        (["--noise-sweep", "--positive", "10"], "--positive: got [10], wanted classes below 10"),
+        (["--noise-sweep", "--rates", "1.5"], "--rates: got [1.5], wanted shares within [0, 1]"),
+        (["--noise-sweep", "--repeats", "0"], "--repeats: got 0, wanted at least 1"),
+        (["--topk", "3", "--repeats", "2"], "--repeats: belongs to --noise-sweep"),
+        (["--center"], "--center: belongs to --noise-sweep"),
         (["--weights", "w.pt"], "w.pt"),
         (["--model", "resnet"], "argument --model: invalid choice"),
     ],

@@ -109,6 +109,58 @@ def test_jacobian(name, anew):
     np.testing.assert_allclose(scipy.T @ v.numpy(), exact.T @ v, rtol=1e-10, atol=1e-10)
 
 
+def square_layers(inputs):
+    """Layers as wide as they are high: products with them cost far more than AAᵀ∘BBᵀ."""
+    return nn.Sequential(nn.Linear(inputs, 96), nn.Tanh(), nn.Linear(96, 96), nn.Tanh(), nn.Linear(96, 3)).double()
+
+
+@pytest.mark.parametrize("outputs", ["trace", "mean", "full", 1])
+def test_the_matrix_of_an_operator_is_the_gram_matrix(outputs):
+    for model, x in (made("sequence"), (square_layers(20), torch.randn(150, 20, dtype=torch.float64))):
+        free = operator(model, x, outputs=outputs)
+        matrix = free.to_dense()
+        assert matrix.shape == free.shape
+        assert torch.equal(matrix, matrix.T)
+        torch.testing.assert_close(matrix, free @ torch.eye(len(matrix), dtype=torch.float64), rtol=1e-10, atol=1e-10)
+    model, x = made("sequence")
+    few = operator(model, x, outputs=outputs, memory=20_000)
+    assert few._gradients.kept is None
+    assert few.costs.collect > 0
+    torch.testing.assert_close(few.to_dense(), operator(model, x, outputs=outputs).to_dense(), rtol=1e-10, atol=1e-10)
+
+
+def test_the_cheaper_of_matrix_and_products_is_taken_and_said():
+    x = torch.randn(1200, 20, dtype=torch.float64)
+    model = square_layers(20)
+    exact = torch.linalg.eigvalsh(gram(model, x, outputs="trace")).flip(0)[:4]
+    # 2 · 4CnΣdp · 64 columns against n²Σ(d + Cp), both counted: the matrix is cheaper,
+    formed = eigenspace(operator(model, x, outputs="trace"), 4)
+    assert not formed.matrix_free
+    assert formed.method.startswith("H formed (")
+    # but does not fit in 8 MB, where the factors do,
+    free = eigenspace(operator(model, x, outputs="trace", memory=8_000_000), 4)
+    assert free.matrix_free
+    assert free.method.startswith("matrix-free (H takes 0.0107 GiB")
+    # and one narrow layer makes products the cheaper way.
+    narrow = nn.Linear(20, 1).double()
+    assert eigenspace(operator(narrow, x), 4).method.startswith("matrix-free (")
+    for space in (formed, free):
+        torch.testing.assert_close(space.values, exact, rtol=1e-9, atol=0)
+        assert space.converged.all()
+
+
+def test_costs_are_counted():
+    model, n = square_layers(20), 50
+    x = torch.randn(n, 20, dtype=torch.float64)
+    costs = operator(model, x, outputs="trace").costs
+    assert costs.matrix_bytes == 8 * n * n
+    assert costs.collect == 0
+    # weights by factors (T = 1), biases as 96 + 96 + 3 columns of rows; C = 3
+    weights = 20 * 96 + 96 * 96 + 96 * 3
+    assert costs.product == 4 * 3 * n * (weights + 195)
+    assert costs.matrix == n * n * (20 + 96 + 96 + 3 * (96 + 96 + 3) + 3 * 195)
+
+
 def test_eigenspace_of_an_operator():
     model, x = sequential(), torch.randn(300, 40)
     kernel = gram(model, x, outputs="trace", precision="float64").double()

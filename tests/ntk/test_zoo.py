@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.func import functional_call, jacrev
 
-from sdfast.ntk import gram, sample_gradients
+from sdfast.ntk import gram, operator, sample_gradients
 from sdfast.ntk.probe import probe
 
 from . import zoo
@@ -59,6 +59,22 @@ def test_rectangular_in_small_memory(name):
     for outputs in ("sum", "per_class", "full"):
         got = gram(model, x1, x2, outputs=outputs, batch_size=2, memory=20_000)
         assert_exact(got, gram_of(wanted[0], outputs, wanted[1]))
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_operators(name):
+    """Every layer rule: products, the matrix itself and its diagonal, with factors and without."""
+    make, draw, _ = zoo.ZOO[name]
+    model, x = make(), draw(5)
+    for outputs in ("trace", "full"):
+        wanted = gram_of(jacobian(model, x), outputs)
+        wanted = wanted.movedim(2, 1).flatten(0, 1).flatten(1) if outputs == "full" else wanted
+        columns = torch.randn(len(wanted), 3)
+        for memory in (None, 20_000):
+            free = operator(model, x, outputs=outputs, batch_size=2, memory=memory)
+            assert_exact(free @ columns, wanted @ columns)
+            assert_exact(free.to_dense(), wanted)
+            assert_exact(free.diagonal(), wanted.diagonal())
 
 
 @pytest.mark.parametrize("name", ["mlp", "gpt, tied", "vit", "resnet"])

@@ -74,8 +74,8 @@ def test_the_largest_are_kept_and_of_equal_ones_the_first(backend, classes, k, d
     indices, labels = torch.tensor([2, 0, 2, 3, 9, 2]), torch.tensor([0, 1, 2, 3, -100, 1])
     banks = [PredictionBank(4, classes, 0.5, dtype=dtype, top_k=k) for _ in range(2)]
     for visit in range(3):
-        for bank, backend in zip(banks, (backend, "reference"), strict=True):
-            elr_loss(logits, labels, bank.rows(indices), backend=backend)
+        for bank, which in zip(banks, (backend, "reference"), strict=True):
+            elr_loss(logits, labels, bank.rows(indices), backend=which)
         assert torch.equal(banks[0].seen, banks[1].seen)
         torch.testing.assert_close(banks[0].predictions, banks[1].predictions)
         if visit == 0:  # later what rounding makes of a tie decides

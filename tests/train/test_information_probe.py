@@ -45,10 +45,13 @@ def test_in_training():
         torch.manual_seed(0)
         model = mlp()
         distiller = SelfDistiller(model, torch.optim.SGD(model.parameters(), lr=0.1), alpha=0.5)
-        distiller.fit(batches, 5, callbacks=callbacks, progress=False)
+        history = distiller.fit(batches, 5, callbacks=callbacks, progress=False)
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.equal(*weights)
-    assert [record.call for record in callbacks[0].records] == [1, 3, 5]
+    records = callbacks[0].records
+    assert [record.call for record in records] == [1, 3, 5]
+    assert history["information_ratio"] == [records[0].given, None, records[1].given, None, records[2].given]
+    assert history["information_gain"][2] == records[1].gain
 
 
 def test_one_output_and_real_targets():
