@@ -42,7 +42,10 @@ def group_table(group: str, rows: list[dict], peers: dict[str, str], about: dict
         "|---|---:|---:|---:|" + "---:|" * (len(peers) + 1),
     ]
     for row in rows:
-        cells = [row["name"], time(median(row["turns"])), *rate_cells(row, about)]
+        taken = time(median(row["turns"]))
+        if "predicted_seconds" in row:
+            taken += f" (predicted {time(row['predicted_seconds'])})"
+        cells = [row["name"], taken, *rate_cells(row, about)]
         cells += [shown(median(ratios(row, peer))) if peer else "" for peer in against.values()]
         lines.append(f"| {' | '.join(cells)} | {row['peak_bytes'] / 2**20:.1f} |")
     return lines

@@ -17,9 +17,9 @@ from sdfast import _checks
 from sdfast.ntk import inputs as feeding
 from sdfast.ntk.blocks import Block, Group, collect, groups_of
 from sdfast.ntk.factors import backward_factors, column_chunks, forward_factors, squared_norms
-from sdfast.ntk.gram import check_memory
 from sdfast.ntk.outputs import Outputs
 from sdfast.ntk.plan import Plan, make_plan
+from sdfast.ntk.planner import check_memory
 from sdfast.ntk.sample_gradients import check_batch_size
 from sdfast.ntk.sample_rows import PathChangedError
 from sdfast.ntk.source import Source, loop_everything, say, select_parameters

@@ -355,7 +355,7 @@ def test_frozen_parameters_are_left_out(function):
 def test_every_form_of_contraction(monkeypatch):
     """Small tiles of position pairs, and layers that the counted rule would never contract."""
     monkeypatch.setattr(products, "_PAIRS", 40)
-    monkeypatch.setattr("sdfast.ntk.plan.contracts", lambda *a: True)
+    monkeypatch.setattr("sdfast.ntk.costs.contracts", lambda *a: True)
     for name in (
         "linear, positions",
         "linear, T n merged",
