@@ -2,18 +2,28 @@
 
 Each implementation is checked against the float64 definition before it is timed. Peers: torch's product of the whole
 square, promoted; and both products with their Hadamard product, layer by layer.
+
+Then Gram matrices of whole networks (of the sum of the outputs), the first columns of which are checked against vjp and
+jvp in float64. The floor is one eager forward and backward at its best micro-batch, and the counted FLOPs of the lower
+triangle by torch's GEMM. Peers: torch.func's
+contraction at its best chunk, and module hooks with an unfolded input; where a peer would take minutes a share of the
+matrix is timed and named so. "predicted" is what ``sdfast.ntk.plan(calibrate=True)`` said beforehand.
 """
 
+import copy
 import functools
 
+import pytest
 import torch
 
-from benchmarks.harness import Case, interleaved, measure
+from benchmarks import networks
+from benchmarks.harness import TURNS, Case, interleaved, measure, peak_bytes
 from benchmarks.shapes import ON_GPU, TINY, sized
+from sdfast import ntk
 from sdfast.ops.gram import add_gram, add_hadamard_gram
 from sdfast.ops.gram.reference import hadamard_reference, product_reference
 
-PEERS = {"torch": "torch:"}
+PEERS = {"torch": "torch:", "floor": "floor:", "a share of torch": "share:"}
 ROWS_OF = {"rows n=128": (128, 65536), "rows n=1000": (1000, 16384)}  # columns as a panel has them
 LAYERS_OF = {"MLP n=1000": (1000, ((784, 2048), (2048, 2048), (2048, 10)))}
 if ON_GPU:
@@ -21,10 +31,32 @@ if ON_GPU:
     LAYERS_OF["MLP n=8192"] = (8192, LAYERS_OF["MLP n=1000"][1])
 if TINY:
     ROWS_OF = {group: sized(*sizes) for group, sizes in ROWS_OF.items()}
-    LAYERS_OF = {group: (*sized(n), tuple(map(lambda pair: sized(*pair), pairs))) for group, (n, pairs) in LAYERS_OF.items()}
+    LAYERS_OF = {group: (*sized(n), tuple(sized(*pair) for pair in pairs)) for group, (n, pairs) in LAYERS_OF.items()}
 GROUPS = (*ROWS_OF, *LAYERS_OF)
-TARGETS = {group: {"sdfast": (None,)} for group in GROUPS}
+TARGETS = {group: {"sdfast": (None, None, None)} for group in GROUPS}
+TARGETS["ResNet-20 n=128"] = {"sdfast": (1 / 1.4, 1.3, None)}
+TARGETS["ResNet-20 n=1000"] = {"sdfast": (1 / 1.8, 1.1, None)}
+# The whole takes torch.func 21 blocks of gradients where a sixteenth takes 3: a fiftieth of it is 7 / 50 of the share.
+TARGETS["MLP 784-2048-2048-10 n=1000"] = {"sdfast": (None, 1.3, 7 / 50)}
+TARGETS["ViT-tiny n=128"] = TARGETS["GPT block T=64 n=64"] = {"sdfast": (None, None, None)}
 NAMES = ("torch: whole square", "sdfast")
+
+CONTRACTION, HOOKS = "torch: torch.func contraction", "torch: hooks and unfold"
+FLOOR = "floor: forward, backward and products"
+VECTORS = "share: NTK-vector products, 2 columns"
+SIXTEENTH = "share: torch.func contraction, 1/16 of H"
+NETWORK_NAMES = {
+    "ResNet-20 n=128": (FLOOR, CONTRACTION, HOOKS, VECTORS, "sdfast"),
+    "GPT block T=64 n=64": (FLOOR, CONTRACTION, HOOKS, VECTORS, "sdfast"),
+    "MLP 784-2048-2048-10 n=1000": (FLOOR, SIXTEENTH, "sdfast"),
+    "ViT-tiny n=128": (FLOOR, CONTRACTION, HOOKS, "sdfast"),
+    "ResNet-20 n=1000": (FLOOR, CONTRACTION, "sdfast"),
+}
+SLOW = ("ViT-tiny n=128", "ResNet-20 n=1000")  # rows of many seconds: three turns
+if TINY:  # `bench_ntk` has the networks of a dry run
+    NETWORK_NAMES = {}
+QUICK = tuple(group for group in NETWORK_NAMES if group not in SLOW)
+COLUMNS = 2
 
 
 @functools.lru_cache(maxsize=1)
@@ -77,3 +109,74 @@ def prepare(group, name):
 @interleaved(GROUPS, NAMES)
 def test_gram(benchmark, group, turn, name):
     measure(benchmark, group, turn, name, prepare)
+
+
+@functools.lru_cache(maxsize=1)
+def network(group):
+    """Model, samples, the exact columns of H and the plan."""
+    torch.manual_seed(0)
+    model, x = networks.NETWORKS[group]()
+    double = x.double() if x.is_floating_point() else x
+    columns = networks.products(copy.deepcopy(model).double(), double, COLUMNS)
+    return model, x, columns, ntk.plan(model, x, outputs="sum", calibrate=True)
+
+
+def steps_of(group, name):
+    """A row of a whole network: what is timed."""
+    model, x, _, plan = network(group)
+    flops = sum(entry.product_flops for entry in plan.entries)
+    if name == "sdfast":
+        return lambda: ntk.gram(model, x, outputs="sum")
+    if name == FLOOR:
+        batch = networks.fastest_of((32, 64, 128, 256), lambda size: networks.plain_pass(model, x[:256], size))
+
+        def floor():
+            networks.plain_pass(model, x, batch)
+            networks.multiply(flops)
+
+        return floor
+    if name == HOOKS:
+        return functools.partial(networks.Hooks(copy.deepcopy(model)).gram, x)
+    if name == VECTORS:
+        return lambda: networks.products(model, x, COLUMNS)
+    chunk = networks.fastest_of((16, 32, 64), lambda size: networks.contraction(model, x[:64], size))
+    few = x[: len(x) // 4] if name == SIXTEENTH else x
+    return lambda: networks.contraction(model, few, chunk)
+
+
+def prepare_network(group, name):
+    """A row's step, checked by the very run whose memory is measured."""
+    _, _, columns, plan = network(group)
+    step = steps_of(group, name)
+    results = []
+    peak = peak_bytes(lambda: results.append(step()))
+    if name != FLOOR:
+        got = results[0][:, :COLUMNS].double()
+        wanted = columns[: len(got)]
+        if (got - wanted).norm() > 1e-4 * wanted.norm():
+            raise SystemExit(f"bench_gram: {name} is wrong at {group}")
+    about = {"peak_bytes": peak}
+    if name == "sdfast":
+        about["predicted_seconds"] = plan.seconds.total
+    return Case(step, floor_flops=plan.flops if name == "sdfast" else 0, rounds=1, about=about)
+
+
+def network_cases(groups, turns):
+    """Every row of a group in one turn before any in the next."""
+    cases = [
+        pytest.param(group, turn, name, id=f"{group} {name} #{turn}")
+        for group in groups
+        for turn in range(turns)
+        for name in NETWORK_NAMES[group]
+    ]
+    return pytest.mark.parametrize(("group", "turn", "name"), cases)
+
+
+@network_cases(QUICK, TURNS)
+def test_network(benchmark, group, turn, name):
+    measure(benchmark, group, turn, name, prepare_network)
+
+
+@network_cases([group for group in SLOW if group in NETWORK_NAMES], 3)
+def test_slow_network(benchmark, group, turn, name):
+    measure(benchmark, group, turn, name, prepare_network)

@@ -29,7 +29,9 @@ def test_python_blocks_run(page, number, block, tmp_path):
             pytest.skip(f"needs {package}: pip install '.[integrations]'")
     script = tmp_path / "block.py"
     script.write_text(block)
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *(launcher if block.startswith("# torchrun --nproc-per-node 2 ") else []), script]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{page}, block {number}:\n{done.stderr}"
 
 

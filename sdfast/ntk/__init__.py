@@ -12,13 +12,15 @@ How the parts meet, from the model to the matrix; each layer knows only the one 
   factors)`: ``rows[name]`` (samples of the chunk, numel) and ``factors[name]`` = A (samples, T, d) or tokens
   (samples, T), B (samples, T, p), for one output at a time. Of any subset of
   parameters: no other is differentiated.
-- `plan.make_plan` → `Plan`: materialise, contract, loop or zero, for each parameter.
+- `plan.make_plan` → `Plan`: materialise, contract, loop or zero, for each parameter. `costs` counts, `calibration`
+  times, `planner.plan_of` is where `gram` and the public `plan` choose alike.
 - `blocks.groups_of(plan, samples, classes, itemsize, memory)` → each a `Group` of `Piece(parameter, start, stop)`
   columns and contracted parameters that fit in memory; ``blocks.collect(source, group)`` makes the pass and gives a
   `Block`:
   ``rows`` (outputs, n, width) and ``factors[name]`` = A (n, T, d), B (outputs, n, T, p).
 - ``block.tile(other, rows, columns, form, precision)``: what the group adds to one tile of H, in float64 (`products`).
 - `result.Result`: H itself, its tiles and their mirror image. `gram.gram` is the loop over groups and tiles.
+  `distributed.Shards`: which groups are this process's, and the sum over processes.
 
 And from the matrix on: `operator` multiplies by it without forming it, from the same blocks; `eigenspace` finds its top
 pairs (`operands`: what it multiplies by; `krylov`; `symmetric_product`: one triangle, read once); `information` is what
@@ -38,6 +40,8 @@ from sdfast.ntk.information import (
     predicted_decay,
 )
 from sdfast.ntk.operator import JacobianOperator, NTKOperator, operator
+from sdfast.ntk.plan import Plan
+from sdfast.ntk.planner import plan
 from sdfast.ntk.sample_gradients import sample_gradients
 
 __all__ = [
@@ -46,6 +50,7 @@ __all__ = [
     "JacobianOperator",
     "NTKOperator",
     "NoiseSweep",
+    "Plan",
     "alpha_window",
     "eigenspace",
     "error_components",
@@ -54,6 +59,7 @@ __all__ = [
     "information_ratio",
     "noise_sweep",
     "operator",
+    "plan",
     "predicted_decay",
     "sample_gradients",
 ]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sdfast.ntk.plan import Plan
-from sdfast.ntk.products import tile_of_factors, tile_of_rows
+from sdfast.ntk.products import add_single_positions, single_positions, tile_of_factors, tile_of_rows
 from sdfast.ntk.sample_rows import PathChangedError
 from sdfast.ntk.source import Source
 
@@ -103,18 +103,15 @@ class Block:
 
     def tile(self, other: "Block", rows: slice, columns: slice, form: str, precision: str) -> Tensor:
         """What this group adds to a tile of the Gram matrix, in float64; see `products.tile_of_rows`."""
-        parts = []
-        if self.rows.shape[-1]:
-            triangle = other is self and rows == columns
-            parts.append(tile_of_rows(self.rows[:, rows], other.rows[:, columns], form, precision, triangle))
+        triangle = other is self and rows == columns
+        total = tile_of_rows(self.rows[:, rows], other.rows[:, columns], form, precision, triangle)
         for name, (a, b) in self.factors.items():
             other_a, other_b = other.factors[name]
-            parts.append(
-                tile_of_factors((a[rows], b[:, rows]), (other_a[columns], other_b[:, columns]), form, precision)
-            )
-        total = parts[0]
-        for part in parts[1:]:
-            total += part
+            left, right = (a[rows], b[:, rows]), (other_a[columns], other_b[:, columns])
+            if single_positions(left, right, form):
+                add_single_positions(total, left, right, precision, triangle)
+            else:
+                total += tile_of_factors(left, right, form, precision)
         return total
 
     def not_finite(self, group: Group) -> list[str]:

@@ -2,26 +2,27 @@
 
 import os
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
 
-from sdfast import _checks
+from sdfast.data.fingerprint import content_hash
 from sdfast.ntk import inputs as feeding
-from sdfast.ntk.blocks import Block, Group, collect, groups_of
+from sdfast.ntk.blocks import Block, Group, collect
 from sdfast.ntk.checkpoint import Checkpoint, settings_of
+from sdfast.ntk.costs import Rates
+from sdfast.ntk.distributed import Shards
 from sdfast.ntk.outputs import Outputs
-from sdfast.ntk.plan import make_plan
-from sdfast.ntk.products import PRECISIONS, products_in
+from sdfast.ntk.plan import Plan
+from sdfast.ntk.planner import check_memory, check_plan, check_precision, plan_of, rates_of
+from sdfast.ntk.products import products_in
 from sdfast.ntk.progress import Progress
 from sdfast.ntk.result import Result
 from sdfast.ntk.sample_gradients import check_batch_size
 from sdfast.ntk.sample_rows import PathChangedError
 from sdfast.ntk.source import Source, loop_everything, say, select_parameters
 from sdfast.ntk.unchanged import unchanged
-
-MEMORY = 2**31  # bytes: fixed, so that the groups, and with them the last bits, do not depend on what else runs
 
 
 def gram(
@@ -37,6 +38,8 @@ def gram(
     out: Tensor | np.ndarray | None = None,
     progress: bool = False,
     checkpoint: str | os.PathLike | None = None,
+    group: Any = None,
+    plan: Plan | None = None,
 ) -> Tensor:
     """The empirical neural tangent kernel H_ij = ⟨∂f(x_i)/∂θ, ∂f(x_j)/∂θ⟩, exact.
 
@@ -62,71 +65,94 @@ def gram(
         out: Where to put the result: a tensor or array (a memory map, say) of its shape and dtype.
         progress: Show a bar.
         checkpoint: A file that finished groups of parameters are written to. If it is there, the run continues, and
-            gives the same bits as one that was not interrupted; it stays when the run is done.
+            gives the same bits as one that was not interrupted; it stays when the run is done. With `group` every
+            process has its own, the name followed by its rank.
+        group: A ``torch.distributed`` process group (gloo, nccl) whose processes all make this call: each takes a part
+            of the parameters, on its own device, and all get H from one sum over the processes. ``None``: this process
+            alone; the whole world is ``torch.distributed.group.WORLD``.
+        plan: What ``sdfast.ntk.plan(…, calibrate=True)`` gave for the same arguments: methods are chosen by the rates
+            that it measured.
 
     Returns:
         H in float64 for ``"float64"`` and in float32 for all others, on the device of the model, or `out`.
 
     Raises:
         TypeError: An argument has the wrong type, or parameters are in half precision.
-        ValueError: `outputs` is missing, samples are coupled or drawn at random, or the checkpoint is of another run.
+        ValueError: `outputs` is missing, samples are coupled or drawn at random, the checkpoint or the plan is of
+            another run, or the processes of the group differ in what they compute.
         FloatingPointError: A gradient is not finite; the parameter is named.
         MemoryError: The result does not fit, or `memory` is too small for one column of gradients.
+        RuntimeError: Another process of the group failed or is gone.
     """
     asked = Outputs(outputs)
     parameters = select_parameters(model, params)
     first = next(iter(parameters.values()))
-    precision = _check_precision(precision, first)
+    precision = check_precision(precision, first)
     check_batch_size(batch_size)
     memory = check_memory(memory)
+    rates = rates_of(plan)
     with unchanged(model, first.device):
         left = Source(model, feeding.read(x1, first, "x1"), asked, parameters, batch_size)
         right = left
         if x2 is not None:
             right = Source(model, feeding.read(x2, first, "x2"), asked, parameters, batch_size, left.findings)
+        shards = Shards(group, first.device)
         result = Result(asked, left.samples, right.samples, precision, first.device, symmetric=x2 is None, out=out)
-        saved = None if checkpoint is None else _opened(checkpoint, left, right, precision, memory)
-        if saved is not None and saved.looped:
+        run = _Run(left, right, precision, memory, plan, rates, shards)
+        saved = None if checkpoint is None and group is None else _opened(checkpoint, run)
+        if shards.any(saved is not None and saved.looped):
             loop_everything(left.findings, parameters, "as before the interruption")
+            if saved is not None and not saved.looped:
+                saved.forget()
         try:
-            _fill(result, left, right, precision, memory, saved, progress)
+            _fill(result, run, saved, progress)
         except PathChangedError as error:
             loop_everything(left.findings, parameters, str(error))
             if saved is not None:
                 saved.forget()
             result.clear()
-            _fill(result, left, right, precision, memory, saved, progress)
+            _fill(result, run, saved, progress)
+        shards.add_up(result.tensor)
         say(left.findings)
     return result.finished()
 
 
-def _fill(
-    result: Result,
-    left: Source,
-    right: Source,
-    precision: str,
-    memory: int,
-    saved: Checkpoint | None,
-    progress: bool,
-) -> None:
-    """Adds up all groups."""
-    samples = (left.samples, right.samples)
-    form, classes = left.outputs.form, left.classes
-    first = next(iter(left.parameters.values()))
-    plan = make_plan(left.findings, left.parameters, form, classes, samples, memory)
-    sources = list(dict.fromkeys((left, right)))
-    groups = groups_of(plan, sum(source.samples for source in sources), classes, first.element_size(), memory)
+class _Run(NamedTuple):
+    """What a matrix is computed from."""
+
+    left: Source
+    right: Source
+    precision: str
+    memory: int
+    given: Plan | None
+    rates: Rates | None
+    shards: Shards
+
+    def plan(self) -> Plan:
+        """As the findings stand; cut so that every process has a share."""
+        made = plan_of(self.left, self.right, self.precision, self.memory, self.rates, self.shards.world)
+        if self.given is not None:
+            check_plan(self.given, made)
+        return made
+
+
+def _fill(result: Result, run: _Run, saved: Checkpoint | None, progress: bool) -> None:
+    """Adds up all groups, of several processes this one's."""
+    plan = run.plan()
+    groups = run.shards.mine(plan)
     done = 0
     if saved is not None and saved.matrix is not None:
         done = saved.done
         result.tensor.copy_(saved.matrix)
     bar = Progress([group.width or 1 for group in groups[done:]], progress)
+    sources = list(dict.fromkeys((run.left, run.right)))
     try:
-        for number, group in enumerate(groups[done:], done + 1):
-            blocks = _blocks(sources, group, bar)
-            _add_tiles(result, blocks, group, form, precision, bar)
-            if saved is not None:
-                saved.save(number, result.tensor, left.findings.all_looped, last=number == len(groups))
+        with run.shards.together():
+            for number, group in enumerate(groups[done:], done + 1):
+                blocks = _blocks(sources, group, bar)
+                _add_tiles(result, blocks, group, plan.form, run.precision, bar)
+                if saved is not None:
+                    saved.save(number, result.tensor, run.left.findings.all_looped, last=number == len(groups))
     finally:
         bar.close()
 
@@ -157,17 +183,27 @@ def _add_tiles(result: Result, blocks: list[Block], group: Group, form: str, pre
             bar.multiplied(number / len(tiles))
 
 
-def _opened(path: str | os.PathLike, left: Source, right: Source, precision: str, memory: int) -> Checkpoint:
+def _opened(path: str | os.PathLike | None, run: _Run) -> Checkpoint | None:
+    """The checkpoint, and all processes of one mind about what they compute."""
+    left, right, shards = run.left, run.right, run.shards
+    plan = run.plan()
     sides = {"x1": left.inputs, "x2": None if right is left else right.inputs}
     settings = settings_of(
         left.model,
         left.parameters,
         sides,
         outputs=left.outputs.describe(),
-        precision=precision,
+        precision=run.precision,
         batch_size=[left.batch_size, right.batch_size],
-        memory=memory,
+        memory=run.memory,
+        methods=content_hash([[entry.name, entry.method] for entry in plan.entries]),
+        processes=shards.world,
     )
+    shards.check_same({**settings, "checkpoint": path is not None})
+    if path is None:
+        return None
+    if shards.world > 1:
+        path = f"{os.fspath(path)}.{shards.rank}"
     return Checkpoint(path, settings)
 
 
@@ -179,21 +215,3 @@ def _refuse_infinite(blocks: list[Block], group: Group) -> None:
     raise FloatingPointError(
         f"model: products of the gradients of {', '.join(parameters)} exceed float32; use precision='float64'"
     )
-
-
-def _check_precision(precision: str | None, parameter: Tensor) -> str:
-    if precision is None:
-        return _checks.dtype_name(parameter)
-    _checks.check_option("precision", precision, PRECISIONS)
-    return precision
-
-
-def check_memory(memory: object) -> int:
-    """The bytes that gradients may take at a time; the default where ``None``."""
-    if memory is None:
-        return MEMORY
-    if isinstance(memory, bool) or not isinstance(memory, int):
-        raise TypeError(f"memory: got {type(memory).__name__}, wanted a number of bytes or None")
-    if memory < 1:
-        raise ValueError(f"memory: got {memory}, wanted at least 1 byte")
-    return memory

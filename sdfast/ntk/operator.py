@@ -17,10 +17,10 @@ from sdfast import _checks
 from sdfast.ntk import inputs as feeding
 from sdfast.ntk.blocks import Block, Group, collect, groups_of
 from sdfast.ntk.factors import backward_factors, column_chunks, forward_factors, squared_norms
-from sdfast.ntk.gram import check_memory
 from sdfast.ntk.operator_costs import Costs, costs_of
 from sdfast.ntk.outputs import Outputs
 from sdfast.ntk.plan import Plan, make_plan
+from sdfast.ntk.planner import check_memory
 from sdfast.ntk.products import products_in
 from sdfast.ntk.result import Result
 from sdfast.ntk.sample_gradients import check_batch_size

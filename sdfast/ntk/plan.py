@@ -1,14 +1,20 @@
-"""Which rule and which method serves each parameter of a Gram matrix, and what decides it."""
+"""Which rule and which method serves each parameter of a Gram matrix, what decides it, and what all of it costs."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from sdfast import report
+from sdfast.ntk import costs
+from sdfast.ntk.costs import Rates
 from sdfast.ntk.layers.kernels import TORCH, kernel_for
 from sdfast.ntk.probe import Findings
+
+if TYPE_CHECKING:
+    from sdfast.ntk.blocks import Group
 
 # Rules, by a part of their names, that form gradients with the package's kernels where these serve.
 OWN_KERNELS = ("convolution", "norm")
@@ -28,6 +34,11 @@ class Entry:
         factors: (T, d, p) of a layer that can be contracted: positions, inputs (0: tokens), outputs.
         reason: Why it is looped.
         kernel: Whose kernels form its gradients: ``"cpu"`` or ``"triton"`` of this package, or ``"torch"``.
+        gradient_flops: Of the gradients of all samples and outputs; 0 where none is formed.
+        product_flops: Of what this parameter adds to H, of a symmetric H to its lower triangle.
+        bytes: Gradients or factors written once and read by every tile.
+        passes: Over the samples that it takes part in; more than one where it does not fit in the memory whole.
+        memory: Bytes that its gradients or factors take, of all samples.
     """
 
     name: str
@@ -37,11 +48,21 @@ class Entry:
     factors: tuple[int, int, int] | None = None
     reason: str = ""
     kernel: str = TORCH
+    gradient_flops: int = 0
+    product_flops: int = 0
+    bytes: int = 0
+    passes: int = 0
+    memory: int = 0
 
     @property
     def numel(self) -> int:
         """Number of entries."""
         return math.prod(self.shape)
+
+    @property
+    def single(self) -> bool:
+        """Whether it is contracted with one position a sample: then no pairs are held."""
+        return self.method == "contract" and self.factors is not None and self.factors[0] == 1 and self.factors[1] > 0
 
     def factor_bytes(self, samples: int, classes: int, itemsize: int) -> int:
         """Bytes of A and B of so many samples."""
@@ -49,37 +70,143 @@ class Entry:
         return samples * positions * (max(inputs, 1) + classes * width) * itemsize
 
 
+class Seconds(NamedTuple):
+    """What a calibrated plan predicts.
+
+    Attributes:
+        probe: Of finding out how the model uses its parameters.
+        passes: Of all forward and backward passes with the gradients per sample.
+        products: Of all tiles of H.
+    """
+
+    probe: float
+    passes: float
+    products: float
+
+    @property
+    def total(self) -> float:
+        """Of the whole matrix."""
+        return sum(self)
+
+
 @dataclass
 class Plan:
-    """The entries of all parameters; `print` shows them as a table."""
+    """How a Gram matrix is computed; `print` shows a table. `gram` follows the same object.
+
+    Attributes:
+        entries: Method and costs of every parameter.
+        groups: What each pass over the samples collects.
+        form: Of the outputs: ``"one"``, ``"trace"``, ``"mean"``, ``"per_class"`` or ``"full"``.
+        classes: Outputs that are differentiated, one backward pass each.
+        samples: n of both sides.
+        symmetric: Whether both sides are the same samples.
+        precision: Of the products.
+        batch_size: Samples of a micro-batch.
+        memory: Bytes that the gradients held at a time may take.
+        itemsize: Bytes of a number of them.
+        pass_flops: Of all forward passes and the backward passes through the activations.
+        tile_bytes: Read and written of H.
+        result_bytes: Of H.
+        rates: That decided where FLOPs nearly tie; ``None`` where FLOPs alone did.
+        seconds: Predicted; ``None`` without ``calibrate=True``.
+    """
 
     entries: list[Entry]
+    groups: "list[Group]" = field(default_factory=list)
+    form: str = "one"
+    classes: int = 1
+    samples: tuple[int, int] = (0, 0)
+    symmetric: bool = True
+    precision: str = "float32"
+    batch_size: int = 0
+    memory: int = 0
+    itemsize: int = 4
+    pass_flops: int = 0
+    tile_bytes: int = 0
+    result_bytes: int = 0
+    rates: Rates | None = None
+    seconds: Seconds | None = None
+
+    @property
+    def everyone(self) -> int:
+        """Samples whose gradients are taken: those of both sides where they are not the same."""
+        return self.samples[0] if self.symmetric else sum(self.samples)
+
+    @property
+    def blocks(self) -> int:
+        """Products of outputs: C of each with itself, C² of all with all."""
+        return self.classes**2 if self.form == "full" else self.classes
+
+    @property
+    def passes(self) -> int:
+        """Over the samples."""
+        return len(self.groups)
+
+    @property
+    def flops(self) -> int:
+        """Of everything."""
+        return self.pass_flops + sum(entry.gradient_flops + entry.product_flops for entry in self.entries)
+
+    @property
+    def bytes(self) -> int:
+        """Of gradients, factors and H, written and read; activations are not counted."""
+        return self.tile_bytes + sum(entry.bytes for entry in self.entries)
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes of the gradients of the largest group and of H; activations of a micro-batch come on top."""
+        by_name = {entry.name: entry for entry in self.entries}
+        column = self.everyone * self.classes * self.itemsize
+        held = [group.width * column + sum(by_name[name].memory for name in group.factored) for group in self.groups]
+        return max(held, default=0) + self.result_bytes
+
+    def settings(self) -> dict[str, object]:
+        """What a call of `gram` must share with the plan that it is given."""
+        return {
+            "samples": self.samples,
+            "outputs": f"{self.form} of {self.classes}",
+            "precision": self.precision,
+            "batch_size": self.batch_size,
+            "memory": self.memory,
+            "params": [entry.name for entry in self.entries],
+        }
 
     def __str__(self) -> str:
-        rows = [(entry.name, entry.shape, entry.rule, entry.method, entry.kernel) for entry in self.entries]
-        return report.plain_table(("parameter", "shape", "rule", "method", "kernel"), rows)
+        headers = ("parameter", "shape", "rule", "method", "kernel", "FLOPs", "bytes", "passes", "memory")
+        rows: list[tuple[object, ...]] = [
+            (
+                entry.name,
+                "×".join(map(str, entry.shape)) or "1",
+                entry.rule,
+                entry.method,
+                entry.kernel,
+                _short(entry.gradient_flops + entry.product_flops),
+                _short(entry.bytes),
+                entry.passes,
+                _short(entry.memory),
+            )
+            for entry in self.entries
+        ]
+        rows.append(("model", "", "forward and backward", "", TORCH, _short(self.pass_flops), "", self.passes, ""))
+        rows.append(("H", "×".join(map(str, self.samples)), "", "", "", "", _short(self.tile_bytes), "",
+                     _short(self.result_bytes)))  # fmt: skip
+        rows.append(("total", "", "", "", "", _short(self.flops), _short(self.bytes), self.passes,
+                     _short(self.peak_memory)))  # fmt: skip
+        lines = [report.plain_table(headers, rows)]
+        lines += [f"{entry.name} is looped: {entry.reason}" for entry in self.entries if entry.reason]
+        if self.seconds is not None:
+            told = ", ".join(f"{name} {value:.3g}" for name, value in self.seconds._asdict().items())
+            lines.append(f"predicted: {self.seconds.total:.3g} s ({told})")
+        return "\n".join(lines)
 
 
-def contracts(factors: tuple[int, int, int], numel: int, samples: tuple[int, int], form: str, classes: int) -> bool:
-    """Whether (AAᵀ)∘(BBᵀ) takes fewer operations than gradients and their products.
-
-    For one output and the lower triangle of n samples: T²(d + p + 1) < dp(1 + 2T/n). With C outputs the product AAᵀ is
-    shared: T²(d/C + p + 1) < dp(1 + 2T/n) for the trace and per class, T²(d/C² + p + 1) < dp(1 + 2T/nC) for all blocks.
-
-    Args:
-        factors: (T, d, p); d = 0 where A holds tokens, whose products are comparisons.
-        numel: dp; of an embedding all rows, used or not.
-        samples: n of both sides.
-        form: See `products.tile_of_rows`.
-        classes: C.
-
-    Returns:
-        Whether to contract.
-    """
-    positions, inputs, width = factors
-    shared = classes**2 if form == "full" else classes
-    per_sample = positions * (1 / samples[0] + 1 / samples[1]) / (classes if form == "full" else 1)
-    return positions**2 * (inputs / shared + width + 1) < numel * (1 + per_sample)
+def _short(number: float) -> str:
+    """Three digits and a power of a thousand."""
+    for unit in ("", "k", "M", "G", "T", "P"):
+        if abs(number) < 999.5 or unit == "P":
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return ""
 
 
 def make_plan(
@@ -89,6 +216,7 @@ def make_plan(
     classes: int,
     samples: tuple[int, int],
     memory: int,
+    rates: Rates | None = None,
 ) -> Plan:
     """The method of every parameter.
 
@@ -99,6 +227,7 @@ def make_plan(
         classes: Outputs.
         samples: Of both sides.
         memory: Bytes for a group; a layer whose factors do not fit is materialised, in pieces.
+        rates: Of the machine; see `costs.contracts`.
 
     Returns:
         The plan.
@@ -117,7 +246,11 @@ def make_plan(
             rule = " + ".join(findings.rules.get(name, ["none on the probe"]))
             entry = Entry(name, shape, rule, "materialise", factors)
             fits = entry.factor_bytes(sum(samples), classes, parameter.element_size()) <= memory
-            if factors is not None and fits and contracts(factors, parameter.numel(), samples, form, classes):
+            if (
+                factors is not None
+                and fits
+                and costs.contracts(factors, parameter.numel(), samples, form, classes, rates)
+            ):
                 entry.method = "contract"
             elif any(own in rule for own in OWN_KERNELS):
                 entry.kernel = kernel_for(parameter.device.type, parameter.dtype)

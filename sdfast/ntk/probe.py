@@ -41,6 +41,7 @@ class Findings:
         all_looped: Whether a batch took another path than the probe, and all parameters were looped for it.
         rules: By parameter: the names of the rules that serve it.
         factors: By parameter that can be contracted: (T, d, p), d = 0 where A holds tokens.
+        work: By parameter: FLOPs of one sample's gradient of one output.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -50,6 +51,7 @@ class Findings:
     all_looped: bool = False
     rules: dict[str, list[str]] = field(default_factory=dict)
     factors: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    work: dict[str, int] = field(default_factory=dict)
 
 
 def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mapping[str, Tensor]) -> Findings:
@@ -116,6 +118,7 @@ class _Trial(Capture):
         super().__init__(*arguments, **options)
         self.findings = findings
         self.uses: dict[str, list[tuple[str, tuple[int, int, int] | None]]] = {}
+        self.work: dict[str, int] = {}
 
     def receive(self, call: Call, step: Step, tracked: dict[int, Origin], output: int, gradient: Tensor) -> None:
         for rule in dict.fromkeys((step.rule, *((LOOP,) if step.rule is GENERIC else ()))):
@@ -132,6 +135,8 @@ class _Trial(Capture):
         weight = rule.weight(call)
         for place, origin in tracked.items():
             for name in self.sources([origin]):
+                flops = rule.operations(call, gradient) if place == weight else 2 * gradient.numel()
+                self.work[name] = self.work.get(name, 0) + flops // self.samples
                 direct = place == weight and isinstance(origin, str)
                 factors = rule.factors(call, gradient) if direct else None
                 self.uses.setdefault(name, []).append((rule.name, None if factors is None else _sizes(*factors)))
@@ -194,6 +199,7 @@ def _guard(
             {name: gradient.detach() for name, gradient in zip(sources, exact, strict=True)}, rows, sample, findings
         )
     if isinstance(mode, _Trial):
+        findings.work = mode.work
         for name, uses in mode.uses.items():
             findings.rules[name] = list(dict.fromkeys(rule for rule, _ in uses))
             factors = uses[0][1]
@@ -271,9 +277,9 @@ def _perturbed(
             continue
         if tensor.is_floating_point() or tensor.is_complex():
             spread = torch.nan_to_num(three[key], 0, 0, 0).std() if tensor.numel() > 1 else tensor.new_ones(())
-            noise = torch.randn(
-                tensor[sample].shape, generator=generator, dtype=torch.float64, device="cpu"
-            ).to(tensor.device)
+            noise = torch.randn(tensor[sample].shape, generator=generator, dtype=torch.float64, device="cpu").to(
+                tensor.device
+            )
             tensor[sample] = tensor[sample] + (0.5 * noise * (spread + 0.01)).to(tensor.dtype)
         else:
             seen = torch.unique(inputs.tensors[key][:1024])

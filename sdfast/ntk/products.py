@@ -13,11 +13,21 @@ from torch import Tensor
 
 from sdfast.ntk.layers.kernels import own
 from sdfast.ntk.unchanged import full_precision
-from sdfast.ops.gram import PRECISIONS, TERMS, add_gram
+from sdfast.ops.gram import PRECISIONS, TERMS, add_gram, add_hadamard_gram
 from sdfast.ops.gram.precision import PAIRS as TERM_PAIRS
 from sdfast.ops.gram.precision import rounded, terms
 
-__all__ = ["PRECISIONS", "TERMS", "product", "products_in", "rounded", "tile_of_factors", "tile_of_rows"]
+__all__ = [
+    "PRECISIONS",
+    "TERMS",
+    "add_single_positions",
+    "product",
+    "products_in",
+    "rounded",
+    "single_positions",
+    "tile_of_factors",
+    "tile_of_rows",
+]
 
 _PAIRS = 2**22  # position pairs of a contraction alive at once
 
@@ -93,12 +103,52 @@ def tile_of_factors(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], f
     tiles = []
     for start in range(0, len(a), rows):
         part = slice(start, start + rows)
-        similar = _similarity(a[part].flatten(0, 1), other_a.flatten(0, 1), precision)  # (I·T, J·T)
-        gradients = [side.flatten(1, 2) for side in (b[:, part], other_b)]  # (outputs, I·T, p)
-        pairs = tile_of_rows(gradients[0], gradients[1], form, precision) * similar
-        shape = (*pairs.shape[:-2], -1, positions, len(other_a), other_positions)
-        tiles.append(pairs.reshape(shape).sum((-1, -3)))
+        flat = [(x.flatten(0, 1), y.flatten(1, 2)) for x, y in ((a[part], b[:, part]), (other_a, other_b))]
+        pairs = _pairs_of_positions(flat[0], flat[1], form, precision)  # (..., I·T, J·T)
+        shape = (*pairs.shape[:-2], -1, positions, pairs.shape[-1])
+        tiles.append(pairs.reshape(shape).sum(-2).unflatten(-1, (len(other_a), other_positions)).sum(-1))
     return torch.cat(tiles, -2)
+
+
+def _pairs_of_positions(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], form: str, precision: str) -> Tensor:
+    """(AAᵀ)∘(BBᵀ) with every position as a row: A (I·T, d) or tokens (I·T,), B (outputs, I·T, p)."""
+    (a, b), (other_a, other_b) = left, right
+    if a.dim() == 2 and single_positions((a[:, None], b), (other_a[:, None], other_b), form):
+        shape = (len(b),) if form == "per_class" else ()
+        pairs = a.new_zeros(*shape, len(a), len(other_a), dtype=torch.float64)
+        singles = [(x[:, None], y[:, :, None]) for x, y in (left, right)]
+        add_single_positions(pairs, singles[0], singles[1], precision, triangle=False)
+        return pairs
+    return tile_of_rows(b, other_b, form, precision) * _similarity(a, other_a, precision)
+
+
+def add_single_positions(
+    total: Tensor, left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], precision: str, triangle: bool
+) -> None:
+    """Adds what `tile_of_factors` gives for layers with one position, (AAᵀ)∘(BBᵀ), without holding either product.
+
+    Args:
+        total: (I, J), or per class (outputs, I, J), float64.
+        left: A (I, 1, d) and B (outputs, I, 1, p).
+        right: The same for J; of a triangle it is `left`.
+        precision: Of `PRECISIONS`.
+        triangle: See `product`.
+    """
+    (a, b), (other_a, other_b) = left, right
+    if total.dim() == 2:  # Σ_c (AAᵀ)∘(B_c B_cᵀ): the outputs side by side are one wide B
+        b, other_b = (side.transpose(0, 1).reshape(1, side.shape[1], -1) for side in (b, other_b))
+        total = total[None]
+    for output in range(len(total)):
+        one, other = ((x[:, 0], y[output].flatten(1)) for x, y in ((a, b), (other_a, other_b)))
+        splits = ((a.shape[-1], one[1].shape[-1]),)
+        right_side = None if triangle else other
+        add_hadamard_gram(total[output], one, right_side, splits=splits, precision=precision, backend="cpu")
+
+
+def single_positions(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], form: str) -> bool:
+    """Whether `add_single_positions` serves these factors here."""
+    single = left[0].dim() == 3 and left[0].shape[1] == right[0].shape[1] == 1
+    return single and form != "full" and own(*left, *right) == "cpu"
 
 
 def _similarity(left: Tensor, right: Tensor, precision: str) -> Tensor:

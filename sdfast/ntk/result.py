@@ -46,8 +46,6 @@ class Result:
         self.tensor = _allocated(self.shape, dtype, device) if out is None else _given(out, self.shape, dtype)
         # (..., rows, columns) for every form
         self.matrix = self.tensor.permute(2, 3, 0, 1) if outputs.form == "full" else self.tensor
-        longest = max(rows, columns)
-        self.tile = min(2048, max(64, -(-longest // 4)))
         self.clear()
 
     def clear(self) -> None:
@@ -56,10 +54,7 @@ class Result:
 
     def tiles(self) -> Iterator[tuple[slice, slice]]:
         """Rows and columns of the tiles to fill."""
-        for top in range(0, self.rows, self.tile):
-            end = min(top + self.tile, self.rows)
-            for left in range(0, top + 1 if self.symmetric else self.columns, self.tile):
-                yield slice(top, end), slice(left, min(left + self.tile, self.columns))
+        return tiles_of(self.rows, self.columns, self.symmetric)
 
     def add(self, rows: slice, columns: slice, tile: Tensor) -> None:
         """Adds a float64 tile (..., rows, columns)."""
@@ -91,6 +86,15 @@ class Result:
             tile.copy_(lower.reshape(classes, size, classes, size).permute(0, 2, 1, 3))
         else:
             tile.copy_(tile.tril() + tile.tril(-1).mT)
+
+
+def tiles_of(rows: int, columns: int, symmetric: bool) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of every tile of a matrix, of a symmetric one on and below the diagonal."""
+    size = min(2048, max(64, -(-max(rows, columns) // 4)))
+    for top in range(0, rows, size):
+        end = min(top + size, rows)
+        for left in range(0, top + 1 if symmetric else columns, size):
+            yield slice(top, end), slice(left, min(left + size, columns))
 
 
 def _given(out: Tensor | np.ndarray, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

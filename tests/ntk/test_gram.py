@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sdfast.ntk import gram
-from sdfast.ntk.plan import contracts
+from sdfast.ntk.costs import contracts
 
 from . import zoo
 from .oracle import assert_exact, distance, gram_of, jacobian

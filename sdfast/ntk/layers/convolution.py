@@ -38,6 +38,11 @@ class _AnyConvolution(NamedRule):
             and output.axis == 0
         )
 
+    def operations(self, call: Call, gradient: Tensor) -> int:
+        given = self.bound(call)
+        moving = call.flat[given["input"].place] if self.transposed else gradient
+        return 2 * moving.numel() * call.flat[given["weight"].place][0].numel()
+
     def tuple_of(self, value: Any) -> tuple[int, ...]:
         """One number for each dimension."""
         return (value,) * self.dimensions if isinstance(value, int) else tuple(value) * (self.dimensions // len(value))

@@ -37,6 +37,9 @@ class _Product(NamedRule):
         source = self.bound(call)["input"]
         return positions(call.split(source.place)), positions(call.split_gradient(gradient, 0))
 
+    def operations(self, call: Call, gradient: Tensor) -> int:
+        return 2 * gradient.numel() * call.flat[self.bound(call)["input"].place].shape[-1]
+
 
 class LinearRule(_Product):
     """``F.linear``: weight (p, d)."""

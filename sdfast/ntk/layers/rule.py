@@ -115,6 +115,10 @@ class Rule:
         """The place of the parameter that `factors` is about."""
         return None
 
+    def operations(self, call: Call, gradient: Tensor) -> int:
+        """FLOPs of the weight's gradients of all samples: for a plan, not for the work."""
+        return 2 * gradient.numel()
+
 
 class NamedRule(Rule):
     """A rule for one function signature: `arguments` names what the caller gave, `row` serves one parameter."""

@@ -1,0 +1,178 @@
+"""The plan says what `gram` does: methods, groups, operations counted one by one; and seconds within a factor."""
+
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from sdfast.ntk import Plan, calibration, costs, gram, plan, planner
+from sdfast.ntk.blocks import collect
+
+from . import zoo
+from .oracle import assert_exact, gram_of, jacobian
+
+
+def entry(made, name):
+    return next(entry for entry in made.entries if entry.name == name)
+
+
+def test_counts_of_a_linear_layer():
+    """T = 5 positions materialised, T = 1 contracted, a bias; against counts by hand."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Flatten(), nn.Linear(20, 6))
+    made = plan(model, torch.randn(10, 5, 3), outputs="trace")
+    first, bias, second = (entry(made, name) for name in ("0.weight", "0.bias", "2.weight"))
+    assert [e.method for e in (first, bias, second)] == ["materialise", "materialise", "contract"]
+    assert first.gradient_flops == 6 * 10 * 2 * 5 * 3 * 4
+    assert first.product_flops == 6 * 10 * 10 * 12
+    assert second.product_flops == 10 * 10 * (20 + 6 * 6 + 6)
+    assert first.memory == 10 * 6 * 12 * 4
+    assert second.memory == 10 * (20 + 6 * 6) * 4
+    assert made.pass_flops == 10 * (1 + 6) * 2 * (5 * 3 * 4 + 20 * 6)
+    assert made.passes == 1
+    assert made.flops == made.pass_flops + sum(e.gradient_flops + e.product_flops for e in made.entries)
+    assert made.peak_memory == 4 * 10 * 10 + sum(e.memory for e in made.entries)
+
+
+def test_counts_of_a_convolution_and_of_both_sides():
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, stride=2), nn.Flatten(), nn.Linear(16, 1))
+    x = torch.randn(7, 2, 5, 5)
+    one, two = plan(model, x), plan(model, x, torch.randn(3, 2, 5, 5))
+    assert entry(one, "0.weight").gradient_flops == 7 * 2 * (2 * 2) * 4 * 2 * 9
+    assert entry(two, "0.weight").gradient_flops == 10 * 2 * (2 * 2) * 4 * 2 * 9
+    assert entry(one, "0.weight").product_flops == 7 * 7 * 72
+    assert entry(two, "0.weight").product_flops == 2 * 7 * 3 * 72
+    transposed = nn.Sequential(nn.ConvTranspose2d(2, 4, 3), nn.Flatten(), nn.Linear(196, 1))
+    assert entry(plan(transposed, x), "0.weight").gradient_flops == 7 * 2 * 25 * 2 * 4 * 9
+
+
+def test_gram_follows_the_plan(monkeypatch):
+    """The very groups, and as many samples through the model as passes say."""
+    model, x = zoo.mlp(), torch.randn(40, 4)
+    collected = []
+    module = sys.modules["sdfast.ntk.gram"]  # its name in the package is the function
+    monkeypatch.setattr(module, "collect", lambda source, group: collected.append(group) or collect(source, group))
+    for memory in (2000, 10_000, None):
+        collected.clear()
+        made = plan(model, x, outputs="sum", memory=memory)
+        gram(model, x, outputs="sum", memory=memory)
+        assert collected == made.groups
+        assert made.passes == len(collected)
+    many = plan(model, x, outputs="sum", memory=2000)
+    assert many.passes > 1
+    assert max(e.passes for e in many.entries) >= 1
+
+
+@pytest.mark.parametrize("name", ["resnet", "gpt, tied", "lstm"])
+def test_every_network_prints(name):
+    make, draw, rules = zoo.ZOO[name]
+    made = plan(make(), draw(9), outputs="sum")
+    shown = str(made)
+    for one in made.entries:
+        assert one.name in shown
+    assert all(rule in shown for rule in rules)
+    assert "total" in shown
+    assert "predicted" not in shown
+    assert made.flops > 0
+    assert made.bytes > 0
+
+
+def test_what_is_looped_or_unused_says_so():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    model.spare = nn.Linear(1, 1)
+    model.forward = lambda x: model[2](model[1](model[0](x)))
+    made = plan(model, torch.randn(6, 3))
+    assert {e.method for e in made.entries} == {"loop", "zero"}
+    assert "0.weight is looped: batch norm in training mode couples the samples" in str(made)
+    with pytest.raises(NotImplementedError, match="calibrate: batch norm is in training mode"):
+        plan(model, torch.randn(6, 3), calibrate=True)
+
+
+def test_a_plan_leaves_everything_as_it_was():
+    model, x = zoo.ResNet(), zoo.images(5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    plan(model, x, outputs="sum")
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    plan(model.eval(), x, outputs="sum", calibrate=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_rates_decide_where_counts_nearly_tie():
+    """T²(d + p + 1) within a factor of two of dp: slow pairs materialise, fast ones contract; else counts alone."""
+    factors, numel, samples = (8, 128, 128), 128 * 128, (1000, 1000)
+    slow, fast = costs.Rates(1e11, 1e11, 1e6), costs.Rates(1e11, 1e11, 1e15)
+    pairs = costs.contracted(factors, samples, True, "one", 1).flops
+    rows = costs.materialised(2 * 8 * numel, numel, samples, True, "one", 1).flops
+    assert 0.5 < pairs / rows < 2
+    assert not costs.contracts(factors, numel, samples, "one", 1, slow)
+    assert costs.contracts((8, 128, 160), 128 * 160, samples, "one", 1, fast)
+    assert costs.contracts((1, 128, 128), numel, samples, "one", 1, slow)
+    assert not costs.contracts((100, 128, 128), numel, samples, "one", 1, fast)
+
+
+def test_a_calibrated_plan_decides_for_gram(monkeypatch):
+    """Both methods give the same matrix; which one runs is the plan's."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Flatten(), nn.Linear(48, 1)).double()
+    x = torch.randn(30, 3, 16, dtype=torch.float64)
+    wanted = gram_of(jacobian(model, x), None)
+    methods = set()
+    for pairs in (1.0, 1e30):
+        monkeypatch.setattr(calibration, "measure_rates", lambda *a, pairs=pairs: costs.Rates(1e11, 1e11, pairs))
+        made = plan(model, x, calibrate=True)
+        methods.add(entry(made, "0.weight").method)
+        assert_exact(gram(model, x, plan=made), wanted)
+    assert methods == {"materialise", "contract"}
+
+
+def test_a_plan_of_another_call_is_refused():
+    model, x = zoo.mlp(), torch.randn(12, 4)
+    made = plan(model, x, outputs="sum")
+    gram(model, x, outputs="sum", plan=made)
+    with pytest.raises(ValueError, match=r"plan: was made for samples \(12, 12\), and this call has \(11, 11\)"):
+        gram(model, x[1:], outputs="sum", plan=made)
+    for changed in ({"outputs": "trace"}, {"precision": "bf16"}, {"batch_size": 3}, {"memory": 10**6},
+                    {"params": ["0.*"]}):  # fmt: skip
+        with pytest.raises(ValueError, match=f"plan: was made for {next(iter(changed))} "):
+            gram(model, x, plan=made, **{"outputs": "sum", **changed})
+    with pytest.raises(TypeError, match="plan: got str, wanted"):
+        gram(model, x, outputs="sum", plan="fast")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "told"),
+    [
+        ({"calibrate": 1}, TypeError, "calibrate: got int, wanted True or False"),
+        ({"outputs": None}, ValueError, "outputs: the model has 3 outputs"),
+        ({"memory": 0}, ValueError, "memory: got 0"),
+        ({"memory": 100}, MemoryError, "memory: got 100 bytes"),
+        ({"precision": "float8"}, ValueError, "precision: got 'float8'"),
+        ({"batch_size": 1.5}, TypeError, "batch_size: got float"),
+        ({"params": ["x"]}, ValueError, "params: 'x' matches none"),
+    ],
+)
+def test_bad_input(options, error, told):
+    with pytest.raises(error, match=told):
+        plan(zoo.mlp(), torch.randn(30, 4), **{"outputs": "sum", **options})
+
+
+def test_a_prediction_is_of_the_size_of_the_work():
+    """Within a factor of five here, where other tests run beside it; the benchmark holds it to 30 per cent."""
+    model, x = nn.Sequential(nn.Conv2d(2, 24, 3), nn.Tanh(), nn.Flatten(), nn.Linear(864, 5)), torch.randn(160, 2, 8, 8)
+    made = plan(model, x, outputs="trace", calibrate=True, memory=8 * 10**5)
+    assert made.passes > 3  # more than are timed
+    start = time.perf_counter()
+    gram(model, x, outputs="trace", memory=8 * 10**5)
+    seconds = time.perf_counter() - start
+    assert seconds / 5 < made.seconds.total < 5 * seconds
+    assert made.seconds.total == sum(made.seconds)
+    assert f"predicted: {made.seconds.total:.3g} s" in str(made)
+
+
+def test_the_default_plan_is_the_public_type():
+    made = plan(zoo.mlp(), torch.randn(4, 4), outputs="sum")
+    assert isinstance(made, Plan)
+    assert made.memory == planner.MEMORY
