@@ -73,7 +73,7 @@ def _check_settings(folder: Path, settings: Any, resume: bool) -> None:
     """The settings but for the number of seeds and processes, which change no seed's result."""
     path = folder / "settings.json"
     now = json.loads(json.dumps({k: v for k, v in asdict(settings).items() if k not in ("seeds", "jobs", "download")}))
-    if any(folder.glob("seed-*.json")):
+    if any(folder.glob("seed-*")):  # a seed's values, or what one that was cut short goes on from
         if not resume:
             raise ValueError(f"--output: {folder} holds seeds; add --resume to take them, or name another folder")
         saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
