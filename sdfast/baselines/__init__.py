@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from sdfast import _checks
+from sdfast.baselines.bank_self_distillation import bank_self_distillation
 from sdfast.baselines.bootstrapping import bootstrap_hard, bootstrap_soft
 from sdfast.baselines.co_teaching import TwoNetworks, co_teaching
 from sdfast.baselines.d2l import d2l
@@ -22,6 +23,7 @@ __all__ = [
     "METHODS",
     "Method",
     "TwoNetworks",
+    "bank_self_distillation",
     "bootstrap_hard",
     "bootstrap_soft",
     "co_teaching",
@@ -51,6 +53,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "self-adaptive-training": self_adaptive_training,
     "ps-kd": ps_kd,
     "elr": elr,
+    "bank-self-distillation": bank_self_distillation,
     "self-distillation": self_distillation,
 }
 

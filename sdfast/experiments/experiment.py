@@ -12,6 +12,7 @@ from sdfast.experiments.claims import Claim
 NAMES = (
     "dong2019_figure1",
     "dong2019_figure4",
+    "dong2019_table1",
     "theorem1",
     "mobahi2020_figure2",
     "mobahi2020_figure3",

@@ -95,7 +95,9 @@ def run_methods(
         "data": "digits", "widths": list(WIDTHS), "batch_size": BATCH_SIZE, "epochs": epochs,
         "optimizer": f"SGD, momentum {MOMENTUM}, learning rate {LEARNING_RATE} falling to 0 by a cosine",
     }  # fmt: skip
-    results = _begun(path, setting) or {"setting": setting, "environment": _environment(), "runs": []}
+    environment = _environment()
+    results = _begun(path, setting) or {"setting": setting, "environment": environment, "runs": []}
+    later = {} if environment["commit"] == results["environment"]["commit"] else {"commit": environment["commit"]}
     done = {(run["method"], run["noise"], run["seed"]) for run in results["runs"]}
     plan = [(rate, seed, method) for rate in noise for seed in range(seeds) for method in methods]
     threads = torch.get_num_threads()
@@ -105,7 +107,7 @@ def run_methods(
             for rate, seed, method in plan:
                 bar.set_description(f"{method}, noise {rate}, seed {seed}")
                 if (method, rate, seed) not in done:
-                    results["runs"].append(train_once(method, rate, seed, epochs))
+                    results["runs"].append({**train_once(method, rate, seed, epochs), **later})
                     _files.write_text(path, json.dumps(results, indent=1) + "\n")
                 bar.update()
     finally:

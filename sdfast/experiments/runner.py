@@ -2,15 +2,21 @@
 
 import json
 import multiprocessing
+import multiprocessing.connection
+import os
 import platform
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 import sdfast
 from sdfast import _dispatch, _files, _locks, plots
@@ -73,7 +79,7 @@ def _check_settings(folder: Path, settings: Any, resume: bool) -> None:
     """The settings but for the number of seeds and processes, which change no seed's result."""
     path = folder / "settings.json"
     now = json.loads(json.dumps({k: v for k, v in asdict(settings).items() if k not in ("seeds", "jobs", "download")}))
-    if any(folder.glob("seed-*.json")):
+    if any(folder.glob("seed-*")):  # a seed's values, or what one that was cut short goes on from
         if not resume:
             raise ValueError(f"--output: {folder} holds seeds; add --resume to take them, or name another folder")
         saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -94,14 +100,52 @@ def _seeds(name: str, settings: Any, folder: Path, missing: list[int]) -> Iterat
         for seed in missing:
             yield seed, run_seed(name, settings, folder, seed, None if settings.jobs <= 1 else 1)
         return
+    lost = []  # a process that dies takes along what its pool still had to do
+    for seed, values in _in_processes(name, settings, folder, missing):
+        if values is None:
+            lost.append(seed)
+        else:
+            yield seed, values
+    for seed in lost:
+        for _, values in _in_processes(name, settings, folder, [seed]):
+            yield seed, "its process died twice: killed, or out of memory" if values is None else values
+
+
+def _in_processes(
+    name: str, settings: Any, folder: Path, seeds: list[int]
+) -> Iterator[tuple[int, dict[str, Any] | str | None]]:
+    """Each seed's values as they come, or ``None`` where the processes died."""
     context = multiprocessing.get_context("spawn")  # a forked process would share torch's thread pools
-    pool = ProcessPoolExecutor(min(settings.jobs, len(missing)), mp_context=context)
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(min(settings.jobs, len(seeds)), mp_context=context, initializer=_end_with_parent)
     try:
-        futures = {pool.submit(run_seed, name, settings, folder, seed, 1): seed for seed in missing}
+        futures = {pool.submit(run_seed, name, settings, folder, seed, 1): seed for seed in seeds}
         for future in as_completed(futures):
-            yield futures[future], future.result()
+            try:
+                yield futures[future], future.result()
+            except BrokenProcessPool:
+                yield futures[future], None
+    except BaseException:  # Ctrl-C, or a defect: the seeds under way need not be waited for
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Leaves Ctrl-C to the parent, and ends this process when that dies, which may be killed without a word."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tqdm.set_lock(threading.RLock())  # its own would be one between processes, which a killed one leaves behind
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def run_seed(name: str, settings: Any, folder: Path, seed: int, threads: int | None) -> dict[str, Any] | str:

@@ -150,6 +150,32 @@ def test_ps_kd_over_epochs():
             before[int(indices[row])] = logits.detach().softmax(-1)[row]
 
 
+def test_bank_self_distillation_over_epochs():
+    """The hardened mean of past predictions with the batch's own weight; a sample's first predictions only go in."""
+    method = baselines.bank_self_distillation(SAMPLES, CLASSES, ratio=0.9, momentum=0.6, warm_up=2)
+    past = {}  # oldest first
+    for epoch in range(5):
+        method.set_epoch(epoch, 5)
+        logits, labels, indices = batch()
+        kept = labels != -100
+        alpha = 1 - 0.9 * float((logits.argmax(-1) == labels)[kept].double().mean())
+        target = one_hot(labels)
+        for row, index in enumerate(indices.tolist()):
+            seen = past.get(index, [])
+            if len(seen) >= 2:
+                weight = [0.6 ** (len(seen) - 1 - k) for k in range(len(seen))]
+                mean = sum(w * p for w, p in zip(weight, seen, strict=True))
+                target[row] = alpha * target[row] + (1 - alpha) * F.one_hot(mean.argmax(), CLASSES)
+        oracle = kept_mean(soft_cross_entropy(logits, target), labels)
+        loss = method(logits, labels, indices)
+        torch.testing.assert_close(loss, oracle, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            torch.autograd.grad(loss, logits), torch.autograd.grad(oracle, logits), rtol=1e-4, atol=1e-6
+        )
+        for row in kept.nonzero()[:, 0].tolist():
+            past.setdefault(int(indices[row]), []).append(logits.detach().softmax(-1)[row])
+
+
 def test_joint_optimisation_over_epochs():
     """KL to the mean of past predictions, the prior's KL, the entropy; in the warm-up the target is the label."""
     method = baselines.joint_optimisation(SAMPLES, CLASSES, momentum=0.6, warm_up=1)

@@ -16,10 +16,20 @@ SHORT = {
         "teacher_schedule": "constant",
     },
     "dong2019_figure4": {"epochs": 2},
+    "dong2019_table1": {
+        "epochs": 2, "noises": (0.0, 0.4), "ratios": (1.0, 1.0), "methods": ("co-teaching", "elr", "self-distillation"),
+        "model": "resnet20",
+    },
     "mobahi2020_figure3": {"rounds": 2, "epochs": 1, "model": "resnet20"},
     "appendix_early_stopping": {"rounds": 2, "epochs": 2, "model": "resnet20"},
 }  # fmt: skip
-KILLED_AT = {"dong2019_figure1": 2, "dong2019_figure4": 3, "mobahi2020_figure3": 2, "appendix_early_stopping": 3}
+KILLED_AT = {
+    "dong2019_figure1": 2,
+    "dong2019_figure4": 3,
+    "dong2019_table1": 4,
+    "mobahi2020_figure3": 2,
+    "appendix_early_stopping": 3,
+}
 
 
 def run(name, folder, data):

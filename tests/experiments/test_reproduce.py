@@ -15,6 +15,9 @@ TINY = {
         "epochs": (1, 2), "early": 1, "student_epochs": 2, "teacher_hidden": (8,), "student_hidden": (8,)
     },
     "dong2019_figure4": {"epochs": 2, "hidden": (8,), "cnn_seeds": 1, "cnn_epochs": 1},
+    "dong2019_table1": {
+        "epochs": 2, "hidden": (8,), "noises": (0.0, 0.4), "ratios": (1.0, 1.0), "cnn_seeds": 1, "cnn_epochs": 1
+    },
     "theorem1": {"width": 100, "steps": 30, "contrasts": 1},
     "mobahi2020_figure2": {"draws": 3},
     "mobahi2020_figure3": {"rounds": 2, "epochs": 2, "hidden": (8,)},
