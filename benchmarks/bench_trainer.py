@@ -1,4 +1,4 @@
-"""One training step by `SelfDistiller` beside the same step written by hand, and self-distillation beside cross entropy.
+"""Training steps by `SelfDistiller` beside the same written by hand, and self-distillation beside cross entropy.
 
 A time is that of an epoch, of 4 batches of pictures or 200 of rows that are there already: forward, loss, backward,
 optimizer, and on the trainer's side what it records. "by hand" calls the same loss without its statistics; "plain" is

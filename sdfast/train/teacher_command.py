@@ -12,8 +12,8 @@ from sdfast.train.data_flags import (
     recipe_of,
 )
 from sdfast.train.flags import named_as_flags
-from sdfast.train.records import percent
 from sdfast.train.recipe import SCHEDULES
+from sdfast.train.records import percent
 from sdfast.train.teacher import TeacherSweep, teacher_sweep
 
 
