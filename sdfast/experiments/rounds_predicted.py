@@ -170,10 +170,11 @@ def summarise(settings: Settings, seeds: dict[int, dict[str, Any]]) -> Summary:
     reading = (
         f"Test accuracy is best in round {best}: {100 * means[best - 1]:.1f} %, against {100 * means[0]:.1f} % after "
         "ordinary training. Before a second round is trained, the network's tangent kernel and the noisy labels "
-        f"predict round {chosen['network']}, which loses {losses['network']} points to the best of its own chain, chosen "
-        f"on the test data; a Gaussian kernel predicts {chosen['rbf']} and loses {losses['rbf']}: {verdict}. The ε of "
-        f"these fits is {100 * settings.tolerance:g} % of the label energy, set before. The theory would take the "
-        f"network's own residual, {residual:.0f} %; with it the kernel predicts ordinary training alone {size} seeds."
+        f"predict round {chosen['network']}, which loses {losses['network']} points to the best of its own chain "
+        f"(chosen on the test data); a Gaussian kernel predicts {chosen['rbf']} and loses {losses['rbf']}: {verdict}. "
+        f"The ε of these fits is {100 * settings.tolerance:g} % of the label energy, set before. The theory would take "
+        f"the network's own residual, {residual:.0f} %; with it the kernel predicts ordinary training alone {size} "
+        "seeds."
     )
     return Summary(reading, claims, _tables(settings, runs), lambda: _figure(settings, runs))
 
