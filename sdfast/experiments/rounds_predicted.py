@@ -26,6 +26,7 @@ RULES = {
     "rbf": "Gaussian kernel",
     "residual": "its tangent kernel, ε its own residual",
 }
+SHORT = {"network": "tangent", "rbf": "Gaussian", "residual": "own ε"}
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ def _figure(settings: Settings, runs: list[dict[str, Any]]) -> Any:
     colors = {"network": plots.VERMILLION, "rbf": plots.ORANGE, "residual": plots.GREY}
     shares = [
         plots.Curve(
-            RULES[rule].partition(",")[2].strip() or RULES[rule], color,
+            SHORT[rule], color,
             [[float(round_of(settings, run, rule) == t + 1) for t in range(settings.rounds)] for run in runs],
         )
         for rule, color in colors.items()
