@@ -30,7 +30,7 @@ def gemm_rate(row: dict, about: dict) -> float:
 
 
 def floor_seconds(row: dict, about: dict) -> float:
-    """What the row's bytes take at the run's copy rate or its FLOPs at the GEMM's: the longer; 0 where none is known."""
+    """The longer of a row's bytes at the copy rate and its FLOPs at the GEMM's of its run; 0 where none is known."""
     return max(row["floor_bytes"] / about["copy_bytes_per_second"], row["floor_flops"] / gemm_rate(row, about))
 
 

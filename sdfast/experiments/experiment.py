@@ -11,12 +11,15 @@ from sdfast.experiments.claims import Claim
 # The figures and tables of the two papers that can be run, in the papers' order.
 NAMES = (
     "dong2019_figure1",
+    "dong2019_figure2",
     "dong2019_figure4",
+    "dong2019_figure5",
     "dong2019_table1",
     "theorem1",
     "mobahi2020_figure2",
     "mobahi2020_figure3",
     "appendix_early_stopping",
+    "rounds_predicted",
 )
 
 

@@ -19,10 +19,10 @@ import sdfast
 from sdfast import _dispatch, _files, report
 from sdfast.baselines import METHODS, TwoNetworks, make_method
 from sdfast.data import Batches, flip_labels, load_dataset
-from sdfast.experiments.demo import mean_and_deviation
 from sdfast.experiments.methods_page import page
 from sdfast.models import mlp
 from sdfast.train import SelfDistiller
+from sdfast.train.records import mean_text
 
 WIDTHS = (64, 256, 256, 10)
 BATCH_SIZE = 128
@@ -152,7 +152,7 @@ def summary(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         for rate in rates:
             last = [100 * run["last"] for run in runs if run["noise"] == rate]
             best = [100 * run["best"] for run in runs if run["noise"] == rate]
-            cells.append(f"{mean_and_deviation(last)} ({statistics.mean(best):.1f})" if last else "")
+            cells.append(f"{mean_text(last)} ({statistics.mean(best):.1f})" if last else "")
         rows.append([method, *cells])
     return ["method", *(f"noise {rate:g}" for rate in rates)], rows
 

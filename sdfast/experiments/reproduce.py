@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _settings(arguments: argparse.Namespace, name: str) -> Any:
-    settings = load(name).presets[arguments.preset]
+    settings = changed(load(name).presets[arguments.preset], arguments.set)  # first: what is asked for must suit them
     changes: dict[str, Any] = {}
     for option in ("seeds", "jobs"):
         value = getattr(arguments, option)
@@ -109,4 +109,4 @@ def _settings(arguments: argparse.Namespace, name: str) -> Any:
             raise ValueError(f"--{option}: {name} at preset {arguments.preset} reads no files")
         if value and needs_files:
             changes[option] = str(value) if option == "data" else value
-    return changed(replace(settings, **changes), arguments.set)
+    return replace(settings, **changes)

@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdfast.data import Dataset, flip_labels, load_dataset
+from sdfast.data import Dataset, binary_task, flip_labels, load_dataset
 from sdfast.data.datasets import kind_of
+from sdfast.data.images import evaluation_batches
 from sdfast.models.registry import flat_mlp, model_builder
-from sdfast.train.records import mean_and_deviation
+from sdfast.train.records import percent
+
+points = percent  # as the experiments call it
 
 
 def load_task(settings: Any, seed: int, noise: float, dataset: str | None = None) -> tuple[Dataset, Tensor]:
@@ -22,6 +25,30 @@ def load_task(settings: Any, seed: int, noise: float, dataset: str | None = None
     data = load_dataset(name, seed=seed, **folder)
     noisy = flip_labels(data.train_labels, noise, data.num_classes, generator=torch.Generator().manual_seed(seed))
     return data, noisy.labels
+
+
+def load_signs(settings: Any, seed: int, noise: float = 0.0) -> tuple[Dataset, Tensor, Tensor]:
+    """The classes ``settings.positive`` against the rest, for a network of one output: as ±1 (N, 1), given and true."""
+    data, _ = load_task(settings, seed, 0.0)
+    data = binary_task(data, settings.positive)
+    noisy = flip_labels(data.train_labels, noise, 2, generator=torch.Generator().manual_seed(seed))
+    return data._replace(num_classes=1), as_signs(noisy.labels), as_signs(data.train_labels)
+
+
+def as_signs(labels: Tensor) -> Tensor:
+    """Classes 0 and 1 (N,) as -1 and 1 (N, 1)."""
+    return 2.0 * labels[:, None].to(torch.float32) - 1
+
+
+def draw_rows(count: int, rows: int, seed: int) -> Tensor:
+    """Some of `count` rows, as many as there are at most, in their order."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:rows].sort().values
+
+
+def prepared(data: Dataset, inputs: Tensor) -> Tensor:
+    """Inputs of the data set as its networks take them: pictures as floats, the training part's mean subtracted."""
+    part = data._replace(test_inputs=inputs, test_labels=torch.zeros(len(inputs), dtype=torch.int64))
+    return torch.cat([batch for batch, _ in evaluation_batches(part)])
 
 
 def network(data: Dataset, model: str, hidden: Sequence[int] = ()) -> Callable[[], nn.Module]:
@@ -39,9 +66,3 @@ def checkpoint(settings: Any, folder: Path, name: str) -> str | None:
         return None
     folder.mkdir(parents=True, exist_ok=True)
     return str(folder / f"{name}.pt")
-
-
-def points(values: Sequence[float]) -> str:
-    """Mean ± standard deviation of fractions, in per cent."""
-    mean, deviation = mean_and_deviation(values)
-    return f"{100 * mean:.1f} ± {100 * deviation:.1f}" if len(values) > 1 else f"{100 * mean:.1f}"

@@ -12,6 +12,8 @@ from sdfast import _checks
 from sdfast.ntk.eigenspace import Eigenspace, eigenspace
 from sdfast.ntk.gram import gram
 from sdfast.ntk.information import information_ratio
+from sdfast.ops.self_distillation import AdaptiveAlpha, ClipLabel
+from sdfast.ops.self_distillation.reference import batch_accuracy
 from sdfast.train.history import History
 
 __all__ = ["InformationProbe", "ProbeRecord"]
@@ -23,7 +25,7 @@ class ProbeRecord(NamedTuple):
     Attributes:
         call: Which call of the probe it was, from 1.
         given: Information ratio of the labels as given.
-        refined: Of α y + (1 − α) h(f), h the network's own beliefs.
+        refined: Of α y + (1 − α) h(f), what self-distillation trains on.
         gain: refined − given.
         clean: Of the true labels; ``None`` where they are not known.
         gap: Between the k-th eigenvalue and the next; below 0.01 the ratios are unstable.
@@ -48,7 +50,10 @@ class InformationProbe:
         labels: As given: class indices (n,), or targets (n,) or (n, C) in floats.
         every: Calls from one look to the next; the first call is one.
         k: Pairs of the eigenspace.
-        alpha: Weight of the given labels in the refined ones.
+        alpha: Weight of the given labels in the refined ones: a number, or `sdfast.AdaptiveAlpha`, whose accuracy is
+            that of the probe's own batch.
+        label_fn: h, of a model that learns float targets: ``"identity"`` or `sdfast.ClipLabel`. Of class indices it is
+            ``"hardmax"``. ``None``: identity and hardmax.
         clean_labels: The true labels, of the same form.
         outputs: Of `sdfast.ntk.gram`; ``None`` takes ``"sum"`` of a model with one output and ``"trace"`` otherwise.
         center: Take the mean of each column off first; see `sdfast.ntk.information_ratio`.
@@ -67,7 +72,8 @@ class InformationProbe:
         *,
         every: int = 1,
         k: int = 5,
-        alpha: float = 0.5,
+        alpha: float | AdaptiveAlpha = 0.5,
+        label_fn: str | ClipLabel | None = None,
         clean_labels: Tensor | None = None,
         outputs: Any = None,
         center: bool = False,
@@ -85,15 +91,25 @@ class InformationProbe:
             raise ValueError(f"every: got {every!r}, wanted an integer of at least 1")
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(inputs):
             raise ValueError(f"k: got {k!r}, wanted 1 to {len(inputs)}, the probe's samples")
-        if not _checks.is_number(alpha) or not 0 <= alpha <= 1:
-            raise ValueError(f"alpha: got {alpha!r}, wanted a number within [0, 1]")
+        if isinstance(alpha, AdaptiveAlpha):
+            if alpha.sync:
+                raise ValueError("alpha: sync=True goes over processes, but a probe has one batch of its own")
+        elif not _checks.is_number(alpha) or not 0 <= alpha <= 1:
+            raise ValueError(f"alpha: got {alpha!r}, wanted a number within [0, 1] or an AdaptiveAlpha")
+        default = "identity" if labels.is_floating_point() else "hardmax"
+        label_fn = default if label_fn is None else label_fn
+        if label_fn != default and not (isinstance(label_fn, ClipLabel) and labels.is_floating_point()):
+            wanted = "'identity' or a ClipLabel" if labels.is_floating_point() else "'hardmax'"
+            raise ValueError(f"label_fn: got {label_fn!r}, wanted {wanted} with labels of {_checks.dtype_name(labels)}")
         _checks.check_option("batch_norm", batch_norm, ("eval", "train"))
         self.inputs, self.labels, self.clean_labels = inputs, labels, clean_labels
-        self.every, self.k, self.alpha, self.outputs, self.center = every, k, float(alpha), outputs, center
-        self.batch_norm = batch_norm
+        self.every, self.k, self.outputs, self.center = every, k, outputs, center
+        self.alpha: float | AdaptiveAlpha = alpha if isinstance(alpha, AdaptiveAlpha) else float(alpha)
+        self.label_fn, self.batch_norm = label_fn, batch_norm
         self.calls = 0
         self.records: list[ProbeRecord] = []
-        self.space: Eigenspace | None = None
+        self.space: Any = None  # the Eigenspace of the latest look, and
+        self.refined: Any = None  # the refined labels then
 
     def __call__(self, trained: Any, history: History | None = None) -> None:
         """Looks, where it is time to.
@@ -148,13 +164,21 @@ class InformationProbe:
         return record
 
     def _record(self, space: Eigenspace, outputs: Tensor) -> ProbeRecord:
-        given, beliefs = self._targets(self.labels, outputs), outputs
-        if not self.labels.is_floating_point():
-            beliefs = F.one_hot(outputs.argmax(1), outputs.shape[1]).double()
-        refined = self.alpha * given + (1 - self.alpha) * beliefs
+        given, alpha = self._targets(self.labels, outputs), self.alpha
+        if isinstance(alpha, AdaptiveAlpha):
+            right, kept = batch_accuracy(outputs, given, ignore_index=-100)
+            alpha = 1 - min(1.0, alpha.ratio * int(right) / int(kept))
+        refined = self.refined = alpha * given + (1 - alpha) * self._beliefs(outputs)
         clean = None if self.clean_labels is None else self._ratio(space, self._targets(self.clean_labels, outputs))
         before, after = self._ratio(space, given), self._ratio(space, refined)
         return ProbeRecord(self.calls, before, after, after - before, clean, space.gap)
+
+    def _beliefs(self, outputs: Tensor) -> Tensor:
+        if isinstance(self.label_fn, ClipLabel):
+            return (4 * outputs / (1 - 2 * self.label_fn.rho)).clamp(-1, 1)
+        if self.label_fn == "hardmax":
+            return F.one_hot(outputs.argmax(1), outputs.shape[1]).double()
+        return outputs
 
     def _targets(self, labels: Tensor, outputs: Tensor) -> Tensor:
         classes = outputs.shape[1]

@@ -12,7 +12,7 @@ from sdfast import _checks, _devices
 from sdfast.data.batches import Batches
 from sdfast.data.images import evaluation_batches, training_batches
 from sdfast.data.parts import Dataset
-from sdfast.ops.self_distillation import AdaptiveAlpha
+from sdfast.ops.self_distillation import AdaptiveAlpha, ClipLabel
 from sdfast.train.history import History
 from sdfast.train.self_distiller import SelfDistiller
 
@@ -62,7 +62,12 @@ class Recipe:
         _devices.usable(self.device)
 
     def distiller(
-        self, model: nn.Module, *, alpha: float | AdaptiveAlpha = 1.0, loss: str = "cross_entropy"
+        self,
+        model: nn.Module,
+        *,
+        alpha: float | AdaptiveAlpha = 1.0,
+        loss: str = "cross_entropy",
+        label_fn: str | ClipLabel = "hardmax",
     ) -> SelfDistiller:
         """The trainer of a fresh network; α = 1 is plain training.
 
@@ -70,6 +75,7 @@ class Recipe:
             model: To train.
             alpha: Weight of the given label.
             loss: As in `sdfast.self_distillation_loss`.
+            label_fn: As there.
 
         Returns:
             The trainer.
@@ -80,8 +86,8 @@ class Recipe:
         )
         scheduler = CosineAnnealingLR(optimizer, self.epochs) if self.schedule == "cosine" else None
         return SelfDistiller(
-            model, optimizer, alpha=alpha, loss=loss, scheduler=scheduler, device=self.device, amp=self.amp,
-            compile=self.compile,
+            model, optimizer, alpha=alpha, loss=loss, label_fn=label_fn, scheduler=scheduler, device=self.device,
+            amp=self.amp, compile=self.compile,
         )  # fmt: skip
 
     def batches(self, data: Dataset, labels: Tensor, seed: int) -> Batches:

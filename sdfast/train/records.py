@@ -85,6 +85,18 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def mean_text(values: Sequence[float], scale: float = 1.0, digits: int = 1) -> str:
+    """Mean ± standard deviation as text; of a single value itself."""
+    mean, deviation = mean_and_deviation(values)
+    text = f"{scale * mean:.{digits}f}"
+    return f"{text} ± {scale * deviation:.{digits}f}" if len(values) > 1 else text
+
+
+def percent(values: Sequence[float]) -> str:
+    """Mean ± standard deviation of fractions, in per cent."""
+    return mean_text(values, 100)
+
+
 def labels_of_runs(data: Dataset, labels: Tensor | Sequence[Tensor] | None, runs: int) -> list[Tensor]:
     """The labels of each run: the data set's own, the same for all, or one tensor a run."""
     if labels is None:

@@ -12,6 +12,7 @@ from sdfast.train.data_flags import (
     recipe_of,
 )
 from sdfast.train.flags import named_as_flags
+from sdfast.train.records import percent
 from sdfast.train.rounds import LOSSES, DistilledRounds, distill_rounds
 
 
@@ -59,7 +60,7 @@ def table(result: DistilledRounds) -> tuple[list[str], list[list[str]]]:
     """Headers and rows: one a round."""
     columns = ("test_accuracy", "train_accuracy", "clean_accuracy")
     curves = [list(zip(*result.curve(column), strict=True)) for column in columns]
-    rows = [[str(t), *map(sweep_command.percent, cells)] for t, cells in enumerate(zip(*curves, strict=True), 1)]
+    rows = [[str(t), *map(percent, cells)] for t, cells in enumerate(zip(*curves, strict=True), 1)]
     return ["round", "test", "train, as given", "train, true"], rows
 
 

@@ -130,6 +130,9 @@ class SelfDistiller:
         if self.method is not None:
             self.method.watch(self.model)
         self._forward = torch.compile(self.model) if compile else self.model
+        # DistributedDataParallel sends buffers around in every pass: one process that evaluates would wait for others.
+        alone = isinstance(self.model, nn.parallel.DistributedDataParallel)
+        self._evaluated: Callable[..., Tensor] = self.model.module if alone else self._forward
         # As they are now: a checkpoint compares them with those of the run it continues.
         self.settings = training_settings(self)
 
@@ -239,7 +242,7 @@ class SelfDistiller:
             with torch.no_grad():
                 for inputs, labels, _ in self._on_device(batches, "eval"):
                     with self._autocast():
-                        logits = self._forward(inputs)
+                        logits = self._evaluated(inputs)
                     counts += torch.stack(self._correct(logits, labels))
         finally:
             _set_modes(modes)

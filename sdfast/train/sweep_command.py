@@ -54,12 +54,6 @@ def describe(arguments: argparse.Namespace, data: Dataset, labels: Sequence[Any]
     return f"{data.name}, {noise}; mean ± standard deviation of {arguments.runs} run{'s' * (arguments.runs > 1)}"
 
 
-def percent(values: Sequence[float]) -> str:
-    """Mean ± deviation of fractions, in per cent."""
-    mean, deviation = mean_and_deviation(values)
-    return f"{100 * mean:.1f} ± {100 * deviation:.1f}" if len(values) > 1 else f"{100 * mean:.1f}"
-
-
 def write(
     arguments: argparse.Namespace, result: Any, title: str, subtitle: str, headers: Sequence[str],
     rows: Sequence[Sequence[str]], reading: str,

@@ -13,6 +13,7 @@ from sdfast.train.data_flags import (
 )
 from sdfast.train.flags import named_as_flags
 from sdfast.train.recipe import SCHEDULES
+from sdfast.train.records import percent
 from sdfast.train.teacher import TeacherSweep, teacher_sweep
 
 
@@ -59,11 +60,11 @@ def table(result: TeacherSweep) -> tuple[list[str], list[list[str]]]:
     columns = ("student_accuracy", "teacher_accuracy", "teacher_train_accuracy")
     curves = [list(zip(*result.curve(column), strict=True)) for column in columns]
     rows = [
-        [str(epoch), *map(sweep_command.percent, cells)]
+        [str(epoch), *map(percent, cells)]
         for epoch, cells in zip(result.epochs, zip(*curves, strict=True), strict=True)
     ]
     headers = ["teacher's epoch", "student, test", "teacher, test", "teacher, train as given"]
-    return headers, [*rows, ["no teacher", sweep_command.percent(result.alone), "", ""]]
+    return headers, [*rows, ["no teacher", percent(result.alone), "", ""]]
 
 
 def reading(result: TeacherSweep) -> str:

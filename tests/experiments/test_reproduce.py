@@ -14,6 +14,9 @@ TINY = {
     "dong2019_figure1": {
         "epochs": (1, 2), "early": 1, "student_epochs": 2, "teacher_hidden": (8,), "student_hidden": (8,)
     },
+    "dong2019_figure2": {"epochs": 1, "hidden": (8,), "samples": 20, "repeats": 2},
+    "dong2019_figure5": {"iterations": 4, "every": 2, "hidden": (8,), "samples": 20},
+    "rounds_predicted": {"rounds": 2, "epochs": 1, "hidden": (8,), "rows": 60},
     "dong2019_figure4": {"epochs": 2, "hidden": (8,), "cnn_seeds": 1, "cnn_epochs": 1},
     "dong2019_table1": {
         "epochs": 2, "hidden": (8,), "noises": (0.0, 0.4), "ratios": (1.0, 1.0), "cnn_seeds": 1, "cnn_epochs": 1
@@ -131,6 +134,10 @@ def test_the_command_lists_and_prints(tmp_path, capsys):
         (("theorem1", "--set", "nothing=1"), "--set: got 'nothing=1', wanted NAME=VALUE with one of clusters"),
         (("theorem1", "--set", "width=wide"), "--set: got 'width=wide', wanted a value of kind int, as 2000 is"),
         (("theorem1", "--data", "here"), "--data: theorem1 at preset small reads no files"),
+        (
+            ("dong2019_figure4", "--preset", "paper", "--set", "dataset=digits", "--data", "here"),
+            "--data: dong2019_figure4 at preset paper reads no files",
+        ),
         (("theorem1", "mobahi2020_figure2", "--set", "seeds=1"), "--set: changes a setting of one experiment"),
         (("theorem1", "--all"), "--all: runs all of them, so theorem1 need no naming"),
     ],
@@ -141,6 +148,12 @@ def test_bad_words(words, said, tmp_path, capsys):
     assert said in err
     assert err.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_data_suit_the_settings_as_they_were_changed(tmp_path, capsys, torchvision_datasets):
+    words = ["dong2019_figure4", "--seeds", "1", "--set", "dataset=cifar10", "--data", str(tmp_path / "none")]
+    assert main(["reproduce", *words, "--output", str(tmp_path / "run"), "--no-progress"]) == 1
+    assert f"there is no cifar10 in {tmp_path / 'none'}" in capsys.readouterr().err
 
 
 def test_settings_are_read_as_what_they_are():

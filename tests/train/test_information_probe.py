@@ -66,6 +66,18 @@ def test_one_output_and_real_targets():
         assert trained.look(model).given != record.given
 
 
+def test_it_refines_labels_as_the_trainer_does():
+    """The loss of the refined labels as plain targets is the loss that trains."""
+    model, x = mlp(1).eval(), torch.randn(30, 6)
+    signs = torch.randn(30, 1).sign()
+    alpha, label_fn = sdfast.AdaptiveAlpha(0.8), sdfast.ClipLabel(0.2)
+    probe = InformationProbe(x, signs, k=3, alpha=alpha, label_fn=label_fn)
+    record = probe.look(model)
+    trained = sdfast.self_distillation_loss(model(x), signs, alpha, label_fn=label_fn, loss="mse")
+    assert F.mse_loss(model(x).double(), probe.refined).item() == pytest.approx(trained.item(), rel=1e-5)
+    assert record.gain == pytest.approx(information_gain(probe.space, signs, probe.refined, joint=True).item())
+
+
 def test_a_plot(tmp_path):
     pytest.importorskip("matplotlib")
     probe = InformationProbe(torch.randn(20, 6), torch.randint(3, (20,)))
@@ -84,6 +96,10 @@ def test_a_plot(tmp_path):
         ({"every": 0}, "every: got 0"),
         ({"k": 11}, "k: got 11, wanted 1 to 10"),
         ({"alpha": 1.5}, "alpha: got 1.5"),
+        ({"alpha": sdfast.AdaptiveAlpha(1.0, sync=True)}, "alpha: sync=True goes over processes"),
+        ({"label_fn": "softmax"}, "label_fn: got 'softmax', wanted 'hardmax' with labels of int64"),
+        ({"label_fn": sdfast.ClipLabel(0.1)}, "label_fn: got ClipLabel"),
+        ({"labels": torch.ones(10), "label_fn": "hardmax"}, "label_fn: got 'hardmax', wanted 'identity' or a Clip"),
         ({"batch_norm": "both"}, "batch_norm: got 'both'"),
     ],
 )
