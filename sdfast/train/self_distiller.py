@@ -132,7 +132,7 @@ class SelfDistiller:
         self._forward = torch.compile(self.model) if compile else self.model
         # DistributedDataParallel sends buffers around in every pass: one process that evaluates would wait for others.
         alone = isinstance(self.model, nn.parallel.DistributedDataParallel)
-        self._evaluated: Callable[..., Tensor] = self.model.module if alone else self._forward
+        self._evaluated: Any = self.model.module if alone else self._forward
         # As they are now: a checkpoint compares them with those of the run it continues.
         self.settings = training_settings(self)
 
