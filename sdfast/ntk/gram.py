@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from sdfast import _checks
@@ -168,7 +169,7 @@ def _opened(path: str | os.PathLike, left: Source, right: Source, precision: str
         batch_size=[left.batch_size, right.batch_size],
         memory=memory,
     )
-    return Checkpoint(path, settings)
+    return Checkpoint(path, settings, torch.stack([*left.findings.answers.values()]))
 
 
 def _refuse_infinite(blocks: list[Block], group: Group) -> None:
