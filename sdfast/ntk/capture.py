@@ -140,17 +140,18 @@ class ParameterMode(TorchFunctionMode):
                 flat, spec = tree_flatten((args, kwargs))
         seen = Seen(func, getattr(func, "__name__", str(func)), flat, spec, tracked)
         before = self.before(seen)
-        versions = [leaf._version if isinstance(leaf, Tensor) else 0 for leaf in flat]
+        versions = [_version(leaf) for leaf in flat]
         result = func(*args, **kwargs)
         self.ran(seen, result)
         tensors = _tensors(result)
         given_back = all(
-            any(tensor is leaf and leaf._version == version for leaf, version in zip(flat, versions, strict=True))
+            any(tensor is leaf and _version(leaf) == version for leaf, version in zip(flat, versions, strict=True))
             for tensor in tensors
         )
         differentiable = any(tensor.requires_grad for tensor in tensors)
         if not torch.is_grad_enabled() or not (differentiable or seen.name == "__setitem__"):
             return result
+        _refuse_half(seen.name, [*flat, *tensors])
         self.position += 1
         # As `contiguous` does where there is nothing to do: it counts all the same, for in another batch there may be.
         if given_back and tensors:
@@ -250,15 +251,11 @@ class Capture(ParameterMode):
     def _tap(self, call: Call, step: Step, tracked: dict[int, Origin], output: int, tensor: Tensor) -> Tensor:
         if call.outputs[output] is None or not tensor.requires_grad:
             return tensor
-        versions = [leaf._version if isinstance(leaf, Tensor) else 0 for leaf in call.flat]
+        versions = [_version(leaf) for leaf in call.flat]
 
         def receive(gradient: Tensor) -> None:
             if self.listening:
-                overwritten = [
-                    place
-                    for place, leaf in enumerate(call.flat)
-                    if isinstance(leaf, Tensor) and leaf._version != versions[place]
-                ]
+                overwritten = [place for place, leaf in enumerate(call.flat) if _version(leaf) != versions[place]]
                 if overwritten:
                     self.overwritten(call, tracked)
                     return
@@ -356,6 +353,21 @@ def _refuse(func: Any, kwargs: Mapping[str, Any]) -> None:
         raise NotImplementedError(
             f"{name}: got scale_grad_by_freq=True, whose gradients depend on the other samples of a batch"
         )
+
+
+def _version(leaf: Any) -> int:
+    """How often a tensor was overwritten; inference mode does not count."""
+    return leaf._version if isinstance(leaf, Tensor) and not leaf.is_inference() else 0
+
+
+def _refuse_half(name: str, leaves: Iterable[Any]) -> None:
+    """What computes with few bits inside a model of float32 parameters, as under autocast."""
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.dtype in (torch.float16, torch.bfloat16):
+            raise TypeError(
+                f"model: {name} computes in {str(leaf.dtype).removeprefix('torch.')}, and gradients are taken in full "
+                "precision; take the autocast or the conversion out of its forward"
+            )
 
 
 def _batch_norm_arguments(func: Any, args: tuple, kwargs: dict) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import sdfast
 from sdfast import _files
 from sdfast.data.fingerprint import content_hash
+from sdfast.ntk.coupling import far_apart
 from sdfast.ntk.inputs import Inputs
 
 SHARE = 20  # a file that took a second to write is not written again before so many seconds
@@ -24,13 +25,14 @@ class Checkpoint:
     Args:
         path: Of the file.
         settings: What the result depends on, as plain values.
+        answers: Outputs of the model on a few samples (samples, classes): code is no setting, but what it gives is.
 
     Raises:
         ValueError: The file is of another run, or is no checkpoint.
     """
 
-    def __init__(self, path: str | os.PathLike, settings: dict[str, Any]) -> None:
-        self.path, self.settings = Path(path), settings
+    def __init__(self, path: str | os.PathLike, settings: dict[str, Any], answers: Tensor) -> None:
+        self.path, self.settings, self.answers = Path(path), settings, answers.cpu()
         self.done = 0
         self.looped = False
         self.matrix: Tensor | None = None
@@ -44,7 +46,7 @@ class Checkpoint:
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
             saved, self.done, self.looped = state["settings"], state["done"], state["looped"]
-            self.matrix = state["matrix"]
+            self.matrix, answers = state["matrix"], state["answers"]
         except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError, OSError) as error:
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"checkpoint: {self.path} is no checkpoint of a Gram matrix: {first}") from None
@@ -52,6 +54,12 @@ class Checkpoint:
         if differing:
             told = "; ".join(f"{name} was {saved.get(name)} and is {self.settings[name]}" for name in differing)
             raise ValueError(f"checkpoint: {self.path} is of another run: {told}; name another file, or delete it")
+        if answers.shape != self.answers.shape or far_apart(self.answers, answers):
+            raise ValueError(
+                f"checkpoint: {self.path} is of another run: the model, or the callable outputs, gave "
+                f"{answers[0, :4].tolist()} on the first sample and gives {self.answers[0, :4].tolist()}; name another "
+                "file, or delete it"
+            )
 
     def forget(self) -> None:
         """Begins again: the next `save` replaces what the file holds."""
@@ -69,7 +77,7 @@ class Checkpoint:
         start = time.monotonic()
         if start < self._next and not last:
             return
-        state = {"settings": self.settings, "done": done, "looped": looped, "matrix": matrix}
+        state = {"settings": self.settings, "answers": self.answers, "done": done, "looped": looped, "matrix": matrix}
         _files.write_atomically(self.path, lambda file: torch.save(state, file))
         end = time.monotonic()
         self._next = end + SHARE * (end - start)

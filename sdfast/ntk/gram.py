@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from sdfast.data.fingerprint import content_hash
@@ -204,7 +205,7 @@ def _opened(path: str | os.PathLike | None, run: _Run) -> Checkpoint | None:
         return None
     if shards.world > 1:
         path = f"{os.fspath(path)}.{shards.rank}"
-    return Checkpoint(path, settings)
+    return Checkpoint(path, settings, torch.stack([*left.findings.answers.values()]))
 
 
 def _refuse_infinite(blocks: list[Block], group: Group) -> None:

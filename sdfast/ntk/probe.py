@@ -1,7 +1,8 @@
 """Three samples, perturbed one at a time, tell where the samples lie in every tensor and whether they are coupled.
 
-Two guards stand on it. (a) No sample's output may change with another sample, but by batch norm in training mode; where
-the samples of an operation cannot be told apart, its parameters are differentiated one sample at a time. (b) The
+Two guards stand on it. (a) No sample's output may change with another sample, its place or their number, but by batch
+norm in training mode; where the samples of an operation cannot be told apart, its parameters are differentiated one
+sample at a time. (b) The
 gradients captured for the three samples are compared with `autograd.grad`, once with jittered parameters, so that a
 zero-initialised layer hides nothing, and once with the model as it is and no mode at work. A parameter whose gradient
 differs, used in a scripted module for instance, is differentiated one sample at a time too. Nothing is left out.
@@ -17,13 +18,14 @@ from torch import Tensor, nn
 
 from sdfast.ntk import inputs as feeding
 from sdfast.ntk.capture import Capture, Origin, ParameterMode, Seen, Step
+from sdfast.ntk.coupling import refuse_coupled_gradients, refuse_coupling, refuse_places
 from sdfast.ntk.inputs import Inputs
 from sdfast.ntk.layers import GENERIC, LOOP, Call
 from sdfast.ntk.layers.generic import CANNOT_VMAP
 from sdfast.ntk.outputs import Outputs
 from sdfast.ntk.randomness import refuse_randomness
 from sdfast.ntk.record import Lengths, Record, resolved
-from sdfast.ntk.sample_rows import PathChangedError, differs
+from sdfast.ntk.sample_rows import PathChangedError
 
 READS = 8  # further samples on which a value that is read must stay the same
 UNSEEN = "used where no torch function shows it: in a scripted module, or a custom autograd.Function"
@@ -42,6 +44,8 @@ class Findings:
         rules: By parameter: the names of the rules that serve it.
         factors: By parameter that can be contracted: (T, d, p), d = 0 where A holds tokens.
         work: By parameter: FLOPs of one sample's gradient of one output.
+        reads: Whether the model makes numbers of Python out of values, which may choose its path.
+        answers: Outputs of the probe's samples, by their number: what no batch may change but by rounding.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -52,6 +56,8 @@ class Findings:
     rules: dict[str, list[str]] = field(default_factory=dict)
     factors: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     work: dict[str, int] = field(default_factory=dict)
+    reads: bool = False
+    answers: dict[int, Tensor] = field(default_factory=dict)
 
 
 def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mapping[str, Tensor]) -> Findings:
@@ -70,12 +76,13 @@ def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mappin
         ValueError: The model draws random numbers, or couples samples by anything but batch norm.
     """
     generator = torch.Generator().manual_seed(0)
-    three = inputs.pick([0, inputs.samples // 2, inputs.samples - 1])
+    picked = [0, inputs.samples // 2, inputs.samples - 1]
+    three = inputs.pick(picked)
     values = {name: _jittered(value, generator) for name, value in parameters.items()}
     lengths = Lengths(parameters, values, frozen_batch_norm=True)
     with refuse_randomness(model, inputs), lengths:
-        output = feeding.call(model, {key: tensor[:2].clone() for key, tensor in three.items()})
-    outputs.columns(output, 2)
+        output = feeding.call(model, {key: tensor[[1, 0]] for key, tensor in three.items()})
+    swapped = outputs.columns(output, 2).detach()
     records = []
     columns = []
     for sample in (None, 0, 1, 2):
@@ -83,9 +90,15 @@ def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mappin
         records.append(Record(parameters, values, lengths.calls))
         with records[-1]:
             output = feeding.call(model, tensors)
-        columns.append(outputs.columns(output, 3))
-    _refuse_coupling(columns)
-    findings = Findings(batch_norm_trains=lengths.batch_norm_trains)
+        columns.append(outputs.columns(output, 3).detach())
+
+    def again() -> Tensor:
+        with ParameterMode(parameters, values, frozen_batch_norm=True):
+            return outputs.columns(feeding.call(model, _copies(three)), 3).detach()
+
+    refuse_coupling(columns[0], columns[1:], again)
+    refuse_places(columns[0], swapped, again)
+    findings = Findings(batch_norm_trains=lengths.batch_norm_trains, reads=any(record.read for record in records))
     mismatch = next((record.mismatch for record in records if record.mismatch), None)
     further = [Record(parameters, values, lengths.calls) for _ in range(READS if records[0].read else 0)]
     for record in further:
@@ -108,7 +121,26 @@ def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mappin
         except PathChangedError as error:
             findings.looped |= dict.fromkeys(parameters, f"the model takes another path on some samples: {error}")
             _guard(model, three, outputs, parameters, findings, guarded, generator)
+    plain = outputs.columns(feeding.call(model, _copies(three)), 3).detach()
+    findings.answers = dict(zip(picked, plain, strict=True))
+    if findings.looped and not findings.batch_norm_trains:
+        others = _perturbed(_perturbed(three, 1, inputs, generator), 2, inputs, generator)
+        looped = {name: parameters[name] for name in findings.looped}
+        both = [_first_gradients(model, tensors, outputs, looped) for tensors in (three, others)]
+        refuse_coupled_gradients(list(looped), *both)
     return findings
+
+
+def _first_gradients(
+    model: nn.Module, tensors: Mapping[int | str, Tensor], outputs: Outputs, parameters: Mapping[str, Tensor]
+) -> list[Tensor]:
+    """Gradients of the first of three samples, by autograd alone."""
+    columns = outputs.columns(feeding.call(model, _copies(tensors)), 3)
+    weights = torch.linspace(1, 2, columns.shape[1]).to(columns)
+    gradients = torch.autograd.grad(
+        columns[0] @ weights, list(parameters.values()), allow_unused=True, materialize_grads=True
+    )
+    return [gradient.to_dense() if gradient.is_sparse else gradient for gradient in gradients]
 
 
 class _Trial(Capture):
@@ -268,14 +300,16 @@ def _copies(tensors: Mapping[int | str, Tensor]) -> dict[int | str, Tensor]:
 def _perturbed(
     three: Mapping[int | str, Tensor], sample: int | None, inputs: Inputs, generator: torch.Generator
 ) -> dict[int | str, Tensor]:
-    """Copies, with other numbers in one sample: floats moved, integers drawn from those in the data."""
+    """Copies, with other numbers in one sample: floats moved, integers drawn from the data, booleans exchanged."""
     tensors = _copies(three)
     if sample is None:
         return tensors
     for key, tensor in tensors.items():
-        if tensor.dtype == torch.bool or tensor[sample].numel() == 0:
+        if tensor[sample].numel() == 0:
             continue
-        if tensor.is_floating_point() or tensor.is_complex():
+        if tensor.dtype == torch.bool:
+            tensor[sample] = _another_row(tensor[sample], inputs.tensors[key], generator)
+        elif tensor.is_floating_point() or tensor.is_complex():
             spread = torch.nan_to_num(three[key], 0, 0, 0).std() if tensor.numel() > 1 else tensor.new_ones(())
             noise = torch.randn(tensor[sample].shape, generator=generator, dtype=torch.float64, device="cpu").to(
                 tensor.device
@@ -284,20 +318,20 @@ def _perturbed(
         else:
             seen = torch.unique(inputs.tensors[key][:1024])
             chosen = torch.randint(len(seen), tensor[sample].shape, generator=generator, device="cpu")
-            tensor[sample] = seen.to(tensor.device)[chosen.to(tensor.device)]
+            drawn = seen.to(tensor.device)[chosen.to(tensor.device)]
+            if torch.equal(drawn, tensor[sample]):
+                drawn = _another_row(tensor[sample], inputs.tensors[key], generator)
+            tensor[sample] = drawn
     return tensors
 
 
-def _refuse_coupling(columns: list[Tensor]) -> None:
-    base = columns[0].detach()
-    for sample, other in enumerate(columns[1:]):
-        changed = differs(base, other.detach()).any(1)
-        changed[sample] = False
-        if changed.any():
-            raise ValueError(
-                "model: the output of one sample changes with another sample of the batch; only batch norm in training "
-                "mode may couple samples"
-            )
+def _another_row(row: Tensor, data: Tensor, generator: torch.Generator) -> Tensor:
+    """A sample of the data that differs from this one; this one where there is none."""
+    data = data[:1024].to(row.device)
+    differing = (data != row).reshape(len(data), -1).any(1).nonzero()[:, 0]
+    if not len(differing):
+        return row
+    return data[differing[int(torch.randint(len(differing), (), generator=generator))]]
 
 
 def _sizes(a: Tensor, b: Tensor) -> tuple[int, int, int]:

@@ -67,7 +67,7 @@ def _collected(source: Source) -> dict[str, Tensor]:
     for chunk in source.chunks(source.parameters):
         for name, rows in chunk.rows.items():
             shape = source.parameters[name].shape
-            gradients[name][chunk.start : chunk.stop, chunk.output] = rows.view(-1, *shape)
+            gradients[name][chunk.start : chunk.stop, chunk.output] = rows.view(len(rows), *shape)
     return gradients
 
 

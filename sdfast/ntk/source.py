@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from sdfast import _checks
 from sdfast.ntk import inputs as feeding
 from sdfast.ntk.capture import Capture
+from sdfast.ntk.coupling import refuse_other_answers, refuse_other_pieces
 from sdfast.ntk.inputs import Inputs
 from sdfast.ntk.outputs import Outputs
 from sdfast.ntk.probe import Findings, probe
@@ -65,6 +67,8 @@ class Source:
     ) -> None:
         self.model, self.inputs, self.outputs, self.parameters = model, inputs, outputs, parameters
         self.findings: Findings = probe(model, inputs, outputs, parameters) if findings is None else findings
+        # What the probe saw is known of its own inputs; batch norm in training mode changes it with the batch.
+        self.answers = self.findings.answers if findings is None and not self.findings.batch_norm_trains else {}
         self.samples = inputs.samples
         self.batch_size = min(BATCH_SIZE if batch_size is None else batch_size, self.samples)
         if self.findings.batch_norm_trains:
@@ -109,6 +113,9 @@ class Source:
                 if capture.position != len(self.findings.steps):
                     raise PathChangedError("it ended after another number of operations")
             columns = self.outputs.columns(output, stop - start)
+            refuse_other_answers(self.answers, columns, start)
+            if self.findings.reads and not self.findings.batch_norm_trains:
+                refuse_other_pieces(columns, lambda first, last, start=start: self._alone(start + first, start + last))
             self._check_unused(columns)
             for column in range(self.classes):
                 last = column + 1 == self.classes and not looped
@@ -119,6 +126,11 @@ class Source:
                 yield Chunk(start, stop, column, flat, {} if capture is None else dict(capture.factors))
         if missing:
             raise PathChangedError(f"no gradient of {', '.join(sorted(missing))} came")
+
+    @torch.no_grad()
+    def _alone(self, start: int, stop: int) -> Tensor:
+        """The outputs of some samples as a batch of their own."""
+        return self.outputs.columns(feeding.call(self.model, self.inputs.rows(start, stop)), stop - start)
 
     def _check_unused(self, columns: Tensor) -> None:
         """What no output of the probe's samples depends on, none of these may depend on."""
@@ -171,6 +183,8 @@ def select_parameters(model: nn.Module, params: Iterable[str] | Callable[[str], 
         raise ValueError(f"{'model' if params is None else 'params'}: no parameter that requires grad is left")
     first = next(iter(chosen))
     for name, parameter in chosen.items():
+        if isinstance(parameter, UninitializedParameter):
+            raise ValueError(f"model: parameter {name} has no shape yet; call the model once on a batch")
         if parameter.dtype not in (torch.float32, torch.float64):
             raise TypeError(
                 f"model: parameter {name} is {_checks.dtype_name(parameter)}, wanted float32 or float64, since "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Restores buffers, training flags and generators; inside, gradients are enabled and in full precision.
+    """Restores parameters, buffers, training flags and generators; inside, gradients are enabled and in full precision.
 
     Args:
         model: What will be called.
@@ -24,7 +24,8 @@ def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
     """
     eager = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
     buffers = [(module, dict(module._buffers)) for module in eager]
-    values = {id(buffer): (buffer, buffer.detach().clone()) for buffer in model.buffers()}
+    tensors = [*model.parameters(), *model.buffers()]  # a forward may clip its weights, and batch norm counts
+    values = {id(held): (held, held.detach().clone()) for held in tensors if held.layout is torch.strided}
     flags = [(module, module.training) for module in model.modules()]
     states = random_states(device)
     with ExitStack() as stack:
@@ -40,11 +41,10 @@ def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
             for module, held in buffers:
                 module._buffers.clear()
                 module._buffers.update(held)
-            with torch.no_grad():
-                for buffer, value in values.values():
-                    # Not by its version, which batch norm leaves as it is; and not touched where it is the same.
-                    if not torch.equal(buffer, value):
-                        buffer.copy_(value)
+            for tensor, value in values.values():
+                # Not by its version, which batch norm leaves as it is; and not touched where it is the same.
+                if not torch.equal(tensor, value):
+                    tensor.data.copy_(value)
             for module, training in flags:
                 module.training = training
             _set_random_states(states, device)

@@ -114,6 +114,25 @@ def test_another_run_is_refused(run, name):
         gram(**{**run, **changed(run, name)})
 
 
+def test_other_code_with_the_same_weights_is_refused(run):
+    """What an activation, or a callable, does stands in no parameter and in no name."""
+
+    def column(number):
+        return lambda out: out[:, number]
+
+    run["outputs"] = column(0)
+    gram(**run)
+    first, second = run["model"]
+    for changes in ({"model": nn.Sequential(nn.Sequential(first), nn.Tanh(), second)}, {"outputs": column(1)}):
+        with pytest.raises(ValueError, match=r"c.pt is of another run: "):
+            gram(**{**run, **changes})
+    first.register_forward_hook(lambda module, arguments, output: output.relu())
+    with pytest.raises(
+        ValueError, match=r"of another run: the model, or the callable outputs, gave \[.*\] on the first"
+    ):
+        gram(**run)
+
+
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", "other"])
 def test_what_is_no_checkpoint_is_refused(run, content):
     path = run["checkpoint"]
