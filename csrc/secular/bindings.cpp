@@ -44,55 +44,42 @@ inline __attribute__((always_inline)) double add_up(const Lanes& a, const Lanes&
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
-SDFAST_CLONES void sums_at_zero(const double* d, const double* w, long long padded, double* out) {
-  Lanes energy[2] = {}, pull[2] = {};
-  for (long long k = 0; k < padded; k += kStride) {
-    for (int j = 0; j < 2; ++j) {
-      const Lanes weight = load(w + k + j * kWidth);
-      energy[j] += weight;
-      pull[j] += weight * load(d + k + j * kWidth);
-    }
-  }
-  out[0] = add_up(energy[0], energy[1]);
-  out[1] = add_up(pull[0], pull[1]);
-}
-
-SDFAST_CLONES void sums_at(const double* d, const double* w, long long padded, double s, double* out) {
-  Lanes value[2] = {}, slope[2] = {};
+SDFAST_CLONES void sums_at(const double* d, const double* w, long long padded, double s, Sums& sums) {
+  Lanes value[2] = {}, slope[2] = {}, curve[2] = {};
   for (long long k = 0; k < padded; k += kStride) {
     for (int j = 0; j < 2; ++j) {
       const Lanes eigenvalue = load(d + k + j * kWidth);
-      const Lanes t = 1 / (1 + s * eigenvalue);
-      const Lanes term = load(w + k + j * kWidth) * t * t;
+      const Lanes t = 1 / (1 + s * eigenvalue), pull = t * eigenvalue;
+      const Lanes term = load(w + k + j * kWidth) * t * t, pulled = term * pull;
       value[j] += term;
-      slope[j] += term * t * eigenvalue;
+      slope[j] += pulled;
+      curve[j] += pulled * pull;
     }
   }
-  out[0] = add_up(value[0], value[1]);
-  out[1] = add_up(slope[0], slope[1]);
+  sums = {add_up(value[0], value[1]), add_up(slope[0], slope[1]), add_up(curve[0], curve[1]), 0};
 }
 
-SDFAST_CLONES void advance_all(const double* d, double* w, long long padded, double s, double* out) {
-  Lanes energy[2] = {}, pull[2] = {}, value[2] = {}, slope[2] = {};
+SDFAST_CLONES void advance_all(const double* d, double* w, long long padded, double s, double next, Sums& sums) {
+  Lanes value[2] = {}, slope[2] = {}, curve[2] = {}, energy[2] = {};
   for (long long k = 0; k < padded; k += kStride) {
     for (int j = 0; j < 2; ++j) {
       const Lanes eigenvalue = load(d + k + j * kWidth);
-      const Lanes t = 1 / (1 + s * eigenvalue);
-      Lanes kept = filtered(load(w + k + j * kWidth), eigenvalue, t, s);
+      const Lanes here = s * eigenvalue, below = 1 + here, below_next = 1 + next * eigenvalue;
+      const Lanes both = 1 / (below * below_next), t = both * below, pull = t * eigenvalue;
+      const Lanes filter = here * (both * below_next);  // s d / (1 + s d)
+      Lanes kept = load(w + k + j * kWidth) * filter * filter;
       const Mask counts = kept >= kNothing;
       kept = counts ? kept : Lanes{};
       std::memcpy(w + k + j * kWidth, &kept, sizeof kept);
-      const Lanes term = kept * t * t;
-      energy[j] += kept;
-      pull[j] += kept * eigenvalue;
+      const Lanes term = kept * t * t, pulled = term * pull;
       value[j] += term;
-      slope[j] += term * t * eigenvalue;
+      slope[j] += pulled;
+      curve[j] += pulled * pull;
+      energy[j] += kept;
     }
   }
-  out[0] = add_up(energy[0], energy[1]);
-  out[1] = add_up(pull[0], pull[1]);
-  out[2] = add_up(value[0], value[1]);
-  out[3] = add_up(slope[0], slope[1]);
+  sums = {add_up(value[0], value[1]), add_up(slope[0], slope[1]), add_up(curve[0], curve[1]),
+          add_up(energy[0], energy[1])};
 }
 
 // Weights only shrink, those of small eigenvalues fastest: what together is below this beside a value of 1 never counts
@@ -103,24 +90,21 @@ struct CpuColumn {
   const double* d;
   double* w;
   long long padded;
+  std::vector<double>& multipliers;
   double dropped = 0;  // of the weights left behind
 
-  Sums start() {
-    double out[2];
-    sums_at_zero(d, w, padded, out);
-    return {out[0], out[1], out[0], out[1]};
-  }
   Sums at(double s) {
-    double out[2];
-    sums_at(d, w, padded, s, out);
-    return {0, 0, out[0], out[1]};
+    Sums sums;
+    sums_at(d, w, padded, s, sums);
+    return sums;
   }
-  Sums advance(double s) {
-    double out[4];
-    advance_all(d, w, padded, s, out);
+  Sums advance(double s, double next) {
+    Sums sums;
+    advance_all(d, w, padded, s, next, sums);
     leave_behind();
-    return {out[0], out[1], out[2], out[3]};
+    return sums;
   }
+  void found(long long, double c) { multipliers.push_back(c); }
 
   // Eigenvalues come in ascending order from eigh: in any other this is right too, but finds less.
   void leave_behind() {
@@ -135,6 +119,12 @@ struct CpuColumn {
 };
 
 using Array = py::array_t<double, py::array::c_style>;
+
+// Ctrl-C ends the work at the next column.
+void heed_interrupts() {
+  const py::gil_scoped_acquire acquire;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
 
 py::tuple solve_path(const Array& d, const Array& w, long long rounds, int threads) {
   if (d.ndim() != 1 || w.ndim() != 2 || w.shape(1) != d.shape(0) || rounds < 1 || threads < 1) {
@@ -154,22 +144,22 @@ py::tuple solve_path(const Array& d, const Array& w, long long rounds, int threa
     std::atomic<long long> next{0};
     std::exception_ptr failure;
     std::atomic<bool> failed{false};
-    const auto work = [&] {
+    const auto work = [&](bool calling) {
       try {
-        std::vector<double> column(padded, 0.0), multipliers(rounds);
-        for (long long q = next++; q < columns; q = next++) {
+        std::vector<double> column(padded, 0.0);
+        for (long long q = next++; q < columns && !failed; q = next++) {
+          if (calling) heed_interrupts();
           std::memcpy(column.data(), weights + q * points, points * sizeof(double));
-          CpuColumn here{eigenvalues.data(), column.data(), padded};
-          fits[q] = solve_column(here, rounds, multipliers.data());
-          found[q].assign(multipliers.begin(), multipliers.begin() + fits[q]);
+          CpuColumn here{eigenvalues.data(), column.data(), padded, found[q]};
+          fits[q] = solve_column(here, rounds);
         }
       } catch (...) {
         if (!failed.exchange(true)) failure = std::current_exception();
       }
     };
     std::vector<std::thread> others;
-    for (int i = 1; i < threads; ++i) others.emplace_back(work);
-    work();
+    for (int i = 1; i < threads; ++i) others.emplace_back(work, false);
+    work(true);
     for (auto& other : others) other.join();
     if (failure) std::rethrow_exception(failure);
   }

@@ -140,6 +140,17 @@ def check_targets(value: Any, gram: Any) -> tuple[Any, bool]:
     return columns, y.ndim == 1
 
 
+def check_cross_gram(value: Any, like: Any) -> Any:
+    """Kernel values between other points and the training points, (points, K) float64, beside an array with K rows."""
+    cross = as_array("cross_gram", value)
+    xp, points = namespace(like), like.shape[0]
+    if namespace(cross) is not xp:
+        raise TypeError(f"cross_gram: is a {type(cross).__module__} array, wanted one of {type(like).__module__}")
+    if cross.ndim != 2 or cross.shape[1] != points:
+        raise ValueError(f"cross_gram: got shape {tuple(cross.shape)}, wanted (points, {points})")
+    return xp.astype(cross, xp.float64, copy=False)
+
+
 def check_round(value: Any, fits: int) -> int:
     """A round as a count of fits, 1 to `fits`."""
     number = _integer("round", value)

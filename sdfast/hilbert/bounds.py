@@ -186,7 +186,7 @@ def fits_interval(relative: ArrayLike) -> Interval:
     """
     r = _size(relative)
     # Rounding must not turn an integer r₀² − 1 into the next one up from just above, nor r₀ − 1 likewise.
-    return Interval(np.ceil((r - 1) * (1 - 1e-13)), np.ceil((r - 1) * (r + 1) * (1 + 1e-13)))
+    return Interval(np.ceil((r - 1) * (1 - 1e-13)), np.ceil((r - 1) * (r + 1) * (1 - 1e-13)))
 
 
 def filter_ratio_bound(

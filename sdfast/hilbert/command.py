@@ -75,6 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the table and the chosen round; fills the output folder."""
+    _check_arguments(arguments)
+    arguments.output.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     results, path = compute(arguments)
     if arguments.json:
         print(json.dumps(results))
@@ -86,15 +88,20 @@ def run(arguments: argparse.Namespace) -> int:
 
 def compute(arguments: argparse.Namespace) -> tuple[dict[str, Any], DistillationPath]:
     """What results.json holds, and the path itself."""
-    _check_arguments(arguments)
     data = load(arguments)
     options = _kernel_options(arguments)
     gram = kernels.gram(arguments.kernel, data.train, **options)
     cross = kernels.gram(arguments.kernel, data.test, data.train, **options)
     path = self_distill(gram, data.targets, relative_tolerance=arguments.tolerance, rounds=arguments.rounds)
-    if path.infeasible:
-        raise ValueError(f"--tolerance: {path.infeasible}")
+    check_feasible(path, arguments.tolerance)
     return examine(arguments, data, path, path.best_round(), cross), path
+
+
+def check_feasible(path: DistillationPath, share: float) -> None:
+    """Refuses a `--tolerance` that these labels cannot be fitted to, and names the least that they can."""
+    if path.infeasible:
+        least = path.infeasible.unreachable_energy[0] / path.infeasible.tolerance[0] * share
+        raise ValueError(f"--tolerance: got {share}, wanted above {least:.3g} for these labels: {path.infeasible}")
 
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
@@ -111,6 +118,7 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--rounds: got {arguments.rounds}, wanted at least 1")
     if arguments.noise and arguments.dataset in REGRESSION:
         raise ValueError(f"--noise: got {arguments.noise}, but {arguments.dataset} has no class labels to redraw")
+    _kernel_options(arguments)  # refuses what the kernel does not take
 
 
 def _kernel_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -156,6 +164,11 @@ def load(arguments: argparse.Namespace) -> Data:
         classes = int(labels.max()) + 1
         given = flip(clean, arguments.noise, classes, arguments.noise_convention, arguments.seed)
         targets = np.eye(classes)[given]
+    if (targets == targets[0]).all():
+        raise ValueError(
+            f"--test-fraction: got {arguments.test_fraction}, which leaves {len(train)} training points, all of one "
+            "label: wanted a smaller share"
+        )
     offset = targets.mean(0)
     return Data(train, test, targets - offset, offset, given, clean, truth, classes)
 
@@ -274,7 +287,6 @@ def describe(results: dict[str, Any]) -> str:
 
 def write_output(folder: Path, results: dict[str, Any], path: DistillationPath) -> None:
     """results.json, index.html, and where matplotlib is, rounds.png and path.png."""
-    folder.mkdir(parents=True, exist_ok=True)
     _files.write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
     parts = [
         report.section("Rounds", report.table(*table(results))),

@@ -11,6 +11,8 @@ from sdfast.hilbert.spectrum import check_overwrite, decompose_checked
 
 __all__ = ["self_distill"]
 
+SMALLEST_TOLERANCE = 1e-290  # squares are summed beside it, and those under 1e-308 are no longer exact
+
 
 def self_distill(
     gram: Any,
@@ -101,6 +103,11 @@ def _tolerance(y: Any, tolerance: Any, relative_tolerance: float | None, joint: 
         epsilon = xp.zeros_like(energy) + xp.asarray(_arrays.to_numpy(given), dtype=xp.float64)
         if not xp.all(epsilon > 0):
             raise ValueError(f"tolerance: got {tolerance}, wanted > 0: no finite c reaches exact interpolation")
+    if not xp.all(epsilon >= SMALLEST_TOLERANCE):
+        raise ValueError(
+            f"tolerance: comes to {float(xp.min(epsilon)):.3g}, wanted at least {SMALLEST_TOLERANCE}: squares "
+            "below it lose their digits in float64, so give y another unit"
+        )
     if not xp.all(energy > epsilon):
         worst = int(xp.argmin(energy - epsilon))
         which = "" if joint else f" of output {worst}"

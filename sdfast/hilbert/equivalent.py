@@ -37,10 +37,13 @@ class EarlyStoppingMatch:
 
 
 def equivalent_spectrum(path: "DistillationPath", round: int) -> Any:
-    """d† = c_0 / (∏_i (d + c_i) / d − 1), (K, 1) or (K, Q); zero where d is."""
-    xp = _arrays.namespace(path.y)
+    """d† = c_0 / (∏_i (d + c_i) / d − 1) = c_0 B / (1 − B), (K, 1) or (K, Q); zero where d is.
+
+    B as a product and 1 − B from logarithms are each exact to rounding: the one formula with the logarithms alone loses
+    as many units in the last place as −log B is large.
+    """
     round = _arrays.check_round(round, len(path))
-    return path.multipliers[0, :] / xp.expm1(path.log_shrinkage(round))
+    return path.multipliers[0, :] * (path.filter_columns(round) / path.residual_columns(round))
 
 
 def _column(path: "DistillationPath", round: int, output: int | None) -> Any:

@@ -59,6 +59,9 @@ def _points(name: str, value: Any) -> Any:
     x = _arrays.as_array(name, value)
     if x.ndim != 2:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, wanted (points, features)")
+    if x.shape[1] == 0:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, wanted at least one feature")
+    _arrays.check_finite(name, x)
     return x if _arrays.is_floating(x) else _arrays.namespace(x).astype(x, _arrays.namespace(x).float64)
 
 

@@ -47,9 +47,7 @@ class _Problem:
 
     def predict(self, cross_gram: Any, kept_over_smoother: Any) -> Any:
         """The fit at other points: the filter is S times something, and S / d = 1 / (c + d) needs no inverse of d."""
-        cross = _arrays.as_array("cross_gram", cross_gram)
-        if cross.ndim != 2 or cross.shape[1] != self.points:
-            raise ValueError(f"cross_gram: got shape {tuple(cross.shape)}, wanted (points, {self.points})")
+        cross = _arrays.check_cross_gram(cross_gram, self.rotated)
         over = kept_over_smoother / (self.spectrum.values + self.ridge) / self.points
         predicted = cross @ (self.spectrum.vectors @ (over[:, None] * self.rotated))
         return predicted[:, 0] if self.single else predicted
@@ -196,6 +194,13 @@ def _powers(smoother: Any, count: int) -> Any:
     return xp.stack([smoother**j for j in range(count)], axis=1)
 
 
+def _residual_filters(problem: _Problem, rounds: int) -> Any:
+    """The diagonals of 1 − Sʲ, (K, rounds), exact to rounding also where c is small and S near 1."""
+    xp, d = _arrays.namespace(problem.rotated), problem.spectrum.values
+    log_smoother = -xp.log1p(problem.ridge * xp.where(d > 0, 1 / xp.where(d > 0, d, 1.0), xp.inf))
+    return -xp.stack([xp.expm1(j * log_smoother) for j in range(1, rounds + 1)], axis=1)
+
+
 def noise_variance(gram: Any, y: Any) -> float:
     """σ² from the ridge fit of least GCV: its residual over its residual degrees of freedom, summed over the outputs.
 
@@ -247,8 +252,12 @@ def optimal_rounds(
     if criterion == "cp" and variance is None:
         variance = _variance(problem)
     xp, points = _arrays.namespace(problem.rotated), problem.points
-    left = 1 - problem.smoother[:, None] * _powers(problem.smoother, rounds)  # 1 − Sʲ, (K, rounds)
+    left = _residual_filters(problem, rounds)
     freedom = xp.mean(left, axis=0)
+    if not bool(freedom[0] > 0):
+        raise ValueError(
+            f"ridge: got {ridge}, so small beside the kernel that 1 − S is 0 in float64: take a larger one"
+        )
     energy = xp.sum(problem.rotated**2, axis=1) / points
     residual = left * xp.sqrt(energy)[:, None]
     found = []

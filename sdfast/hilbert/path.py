@@ -207,7 +207,7 @@ class DistillationPath:
         Raises:
             ValueError: The shape does not fit, or there is no such round.
         """
-        cross = self._check_cross(cross_gram)
+        cross = _arrays.check_cross_gram(cross_gram, self.y)
         predicted = cross @ self.dual_coefficients(_arrays.check_round(round, len(self)))
         return predicted[:, 0] if self.single else predicted
 
@@ -256,7 +256,8 @@ class DistillationPath:
         Returns:
             (points, K), in the units of `cross_gram`.
         """
-        return equivalent.equivalent_cross_gram(self, self._check_cross(cross_gram), round, output)
+        cross = _arrays.check_cross_gram(cross_gram, self.y)
+        return equivalent.equivalent_cross_gram(self, cross, round, output)
 
     def early_stopping_match(self) -> equivalent.EarlyStoppingMatch:
         """Each round beside one single fit of the same error on the labels (paper §3.4)."""
@@ -363,13 +364,6 @@ class DistillationPath:
             raise ValueError(
                 f"path: has no fits{where}: {self.infeasible or 'the zero function is within the tolerance'}"
             )
-
-    def _check_cross(self, value: Any) -> Any:
-        xp, points = _arrays.namespace(self.y), self.y.shape[0]
-        cross = _arrays.as_array("cross_gram", value)
-        if cross.ndim != 2 or cross.shape[1] != points:
-            raise ValueError(f"cross_gram: got shape {tuple(cross.shape)}, wanted (points, {points})")
-        return xp.astype(cross, xp.float64, copy=False)
 
     def _step_filters(self) -> Any:  # (fits, K, 1 or Q)
         d = self.spectrum.values[None, :, None]

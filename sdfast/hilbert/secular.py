@@ -5,8 +5,9 @@ method in s = 1/c on ψ(s) = ‖√w / (1 + s d)‖⁻¹ = 1. ψ is increasing a
 stays left of it and none overshoots; the quadratic end takes about five steps in all. A round turns w into
 w (d / (c + d))² ≤ w, so its root lies left of the last one: one Newton step from there lands left of the new root.
 
-The functions of this file that take an array namespace are the definition; csrc/secular/secular.h is the same loop in
-one pass per step, for the CPU (pybind11) and for CUDA (CuPy compiles the header).
+The functions of this file that take an array namespace are the definition. csrc/secular/secular.h finds the same roots
+for the CPU (pybind11) and for CUDA (CuPy compiles the header) in fewer passes over memory: near the root Halley's step
+cubes the error, and the next root is foreseen from the last ones.
 """
 
 import math
@@ -25,9 +26,10 @@ from sdfast.hilbert import _arrays
 __all__ = ["BACKENDS", "solve_path", "why_not_native"]
 
 BACKENDS = ("native", "array")
-_MAX_STEPS = 200  # Newton takes 5 to 20; this ends a loop that NaN would keep alive
+_MAX_STEPS = 200  # Newton takes 2 to 20; this ends a loop that NaN would keep alive
 _ENTRIES_PER_THREAD = 20_000
 _LAST_STEP = 1e-9  # a step this small (relative) leaves an error of its square
+_COLLAPSED = 1 + 2.0**-50  # energies up to here are 1 but for rounding: the zero function fits
 
 
 def _load() -> tuple[Any, str | None]:
@@ -78,7 +80,7 @@ def solve_path(eigenvalues: Any, weights: Any, rounds: int, *, backend: str | No
         raise ValueError(f"backend: got {backend!r}, wanted one of {', '.join(map(repr, BACKENDS))} or None")
     xp = _arrays.namespace(weights)
     most = float(xp.max(xp.sum(weights, axis=0)))  # r₀²: the fits are at most ⌈r₀² − 1⌉, and memory is for so many
-    rounds = min(rounds, math.ceil(most) + 1) if math.isfinite(most) else rounds
+    rounds = min(rounds, math.ceil(most) + 1 if math.isfinite(most) else rounds, sys.maxsize)
     largest = float(xp.max(eigenvalues))
     scaled = eigenvalues / (largest if largest > 0 else 1.0)
     if backend == "array":
@@ -115,7 +117,7 @@ def _solve_with_arrays(d: Any, w: Any, rounds: int) -> tuple[Any, Any]:
     s = None
     found = []
     for _ in range(rounds):
-        active = solvable & (xp.sum(w, axis=0) > 1)
+        active = solvable & (xp.sum(w, axis=0) > _COLLAPSED)
         if not xp.any(active):
             break
         s = _newton(d, w, active, s)

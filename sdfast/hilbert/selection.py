@@ -65,7 +65,7 @@ def scores(path: "DistillationPath", criterion: str = "gcv", mean_direction: Any
     path.check_has_fits()
     xp = _arrays.namespace(path.y)
     if criterion == "loo":
-        return xp.stack([xp.mean(each) for each in _contributions(path, "loo")])
+        return _means(xp, _contributions(path, "loo"))
     found = []
     for _, kept, left in path.each_round():
         freedom = xp.sum(kept, axis=0)
@@ -100,6 +100,18 @@ def _contributions(path: "DistillationPath", criterion: str) -> list[Any]:
     return found
 
 
+def _means(xp: Any, contributions: list[Any]) -> Any:
+    return xp.stack([xp.mean(each) for each in contributions])
+
+
+def _least(values: Any, criterion: str) -> int:
+    """Where the least score is."""
+    best = int(np.argmin(_arrays.to_numpy(values)))
+    if not bool(np.isfinite(float(values[best]))):
+        raise ValueError(f"criterion: {criterion!r} is infinite in every round: no fit leaves a degree of freedom")
+    return best
+
+
 def _diagonal(vectors: Any, values: Any) -> Any:
     """diag(V diag(values) Vᵀ), (K, columns), without a second K × K matrix."""
     xp = _arrays.namespace(vectors)
@@ -108,12 +120,12 @@ def _diagonal(vectors: Any, values: Any) -> Any:
 
 def best_round(path: "DistillationPath", criterion: str = "gcv") -> RoundChoice:
     """The round of least score, with standard errors and the choice at other tolerances."""
-    values = scores(path, criterion)
-    xp = _arrays.namespace(values)
-    best = int(xp.argmin(values))
-    if not bool(xp.isfinite(values[best])):
-        raise ValueError(f"criterion: {criterion!r} is infinite in every round: no fit leaves a degree of freedom")
+    check_criterion(criterion)
+    path.check_has_fits()
+    xp = _arrays.namespace(path.y)
     contributions = _contributions(path, criterion)
+    values = _means(xp, contributions) if criterion == "loo" else scores(path, criterion)
+    best = _least(values, criterion)
     choice = RoundChoice(best + 1)
     choice.criterion = criterion
     choice.scores = values
@@ -127,7 +139,8 @@ def _standard_error(xp: Any, contributions: Any) -> Any:
     points = contributions.shape[0]
     if points < 2 or not bool(xp.all(xp.isfinite(contributions))):
         return xp.asarray(xp.nan)
-    return xp.std(contributions, correction=1) / points**0.5
+    size = float(xp.max(xp.abs(contributions))) or 1.0  # whose square may be beyond float64
+    return xp.std(contributions / size, correction=1) * (size / points**0.5)
 
 
 def _choice_at(path: "DistillationPath", factor: float, criterion: str) -> tuple[int, float] | None:
@@ -164,7 +177,7 @@ def noise_rate(path: "DistillationPath", convention: str = "all", round: int | N
     path.check_has_fits()
     xp, vectors = _arrays.namespace(path.y), path.spectrum.vectors
     given, zero, classes = _classes(xp, path.y)
-    chosen = int(best_round(path)) if round is None else _arrays.check_round(round, len(path))
+    chosen = _least(scores(path), "gcv") + 1 if round is None else _arrays.check_round(round, len(path))
     left = path.residual_columns(chosen)
     share = _diagonal(vectors, left)
     usable = share > 1e-12

@@ -41,6 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
         data = load_data(arguments)
         given = noisy_labels(arguments, data, arguments.seed).labels
         make = model_maker(arguments, data)
+    arguments.output.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     samples = min(arguments.samples, len(data.train_inputs))
     device = _devices.usable(arguments.device)
     model = load_state(make(), arguments.predict, "--predict").eval().to(device, torch.float64)
@@ -52,8 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         gram.cpu().numpy(), problem.targets, relative_tolerance=arguments.tolerance,
         rounds=arguments.rounds if "rounds" in arguments.given else None,
     )  # fmt: skip
-    if path.infeasible:
-        raise ValueError(f"--tolerance: {path.infeasible}")
+    command.check_feasible(path, arguments.tolerance)
     arguments.kernel = "neural tangent"
     results = command.examine(arguments, problem, path, path.best_round(), cross.cpu().numpy())
     print(json.dumps(results) if arguments.json else command.describe(results))

@@ -127,6 +127,13 @@ def test_a_perfectly_conditioned_kernel():
     assert len(path) == 5 == bounds.fits_interval(5.5).lower
 
 
+def test_whole_numbers_of_fits_stay_whole():
+    """r₀² − 1 = 19 at a tolerance of 5 % is 19 fits, whichever way r₀ was rounded."""
+    for share, upper in ((0.05, 19), (0.1, 9), (0.5, 1), (0.01, 99), (0.0499, 20)):
+        assert bounds.fits_interval(share**-0.5).upper == upper
+    assert list(bounds.fits_interval([2.0, 3.0, 3.1]).lower) == [1, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -82,9 +82,31 @@ def test_flip_conventions():
         (("--dataset", "diabetes", "--noise", "0.1"), "diabetes has no class labels"),
         (("--kernel", "matern", "--gamma", "1"), "--gamma: got 1.0, but --kernel matern has no such option"),
         (("--gamma", "-1"), "--gamma: got -1.0, wanted a finite number > 0"),
-        (("--dataset", "iris", "--kernel", "polynomial", "--tolerance", "0.001"), "--tolerance: .* eigenvalues"),
+        (
+            ("--dataset", "iris", "--kernel", "polynomial", "--tolerance", "0.001"),
+            "--tolerance: got 0.001, wanted above 0",
+        ),
+        (("--test-fraction", "0.999"), "--test-fraction: got 0.999, which leaves 1 training points"),
     ],
 )
 def test_bad_arguments(words, message):
     with pytest.raises(ValueError, match=message):
         run(*words)
+
+
+def test_the_tolerance_it_asks_for_is_feasible(capsys):
+    words = ("--dataset", "iris", "--kernel", "polynomial", "--rounds", "1", "--json")
+    with pytest.raises(ValueError, match=r"--tolerance: got 0\.001, wanted above") as raised:
+        run(*words, "--tolerance", "0.001")
+    least = float(str(raised.value).split("above ")[1].split()[0])
+    assert run(*words, "--tolerance", str(1.01 * least)) == 0
+    with pytest.raises(ValueError, match="--tolerance"):
+        run(*words, "--tolerance", str(0.99 * least))
+
+
+def test_an_impossible_folder_is_refused_before_the_work(capsys, monkeypatch):
+    pathlib.Path("file").write_text("")
+    monkeypatch.setattr(command, "load", None)
+    with pytest.raises(OSError, match="file"):
+        run("--output", "file/inside")
+    assert capsys.readouterr().out == ""

@@ -119,6 +119,13 @@ def test_every_kernel_makes_a_path(rng, kernel):
         (lambda x: kernels.gram(3, x), ValueError, "kernel: got 3"),
         (lambda x: kernels.gram("rbf", x[0]), ValueError, r"x1: got shape \(3,\)"),
         (lambda x: kernels.gram("rbf", x, x[:, :2]), ValueError, "x2: got 2 features, wanted 3"),
+        (
+            lambda x: kernels.gram("matern", x[:, :0]),
+            ValueError,
+            r"x1: got shape \(5, 0\), wanted at least one feature",
+        ),
+        (lambda x: kernels.relu_ntk(x, x * np.inf), ValueError, r"x2: entry \(0, 0\) is -?inf"),
+        (lambda x: kernels.gram("matern", x * [1, np.nan, 1]), ValueError, r"x1: entry \(0, 1\) is nan"),
         (lambda x: kernels.gram(lambda a, b: a, x), ValueError, r"kernel: returned shape \(5, 3\), wanted \(5, 5\)"),
         (lambda x: kernels.gram("precomputed", x, x), TypeError, "takes a matrix alone"),
         (lambda x: kernels.gram("rbf", x, degree=2), TypeError, "degree"),

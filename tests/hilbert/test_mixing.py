@@ -174,3 +174,30 @@ def test_noise_variance(rng):
 def test_bad_input(rng, call, message):
     with pytest.raises((ValueError, TypeError), match=message):
         call(*random_problem(rng, points=5))
+
+
+@pytest.mark.parametrize("criterion", ["gcv", "cp"])
+def test_a_tiny_ridge_keeps_its_digits(rng, criterion):
+    """1 − S = c / (c + d) is as exact at c = 1e-12 d, where subtracting S would leave four digits, as elsewhere."""
+    gram, y = random_problem(rng, points=7, decades=0.5)
+    extra = {"variance": 0.0} if criterion == "cp" else {}
+    near, far = (
+        mixing.optimal_rounds(gram, y, ridge=ridge, rounds=2, criterion=criterion, **extra) for ridge in (1e-9, 1e-12)
+    )
+    scale = 1e-6 if criterion == "cp" else 1.0  # of ‖(I − S)y‖², a square
+    np.testing.assert_allclose(far.scores[0], near.scores[0] * scale, rtol=1e-7)
+    assert np.isfinite(mixing.optimal_rounds(gram, y, ridge=1e-100, rounds=3, criterion=criterion).scores).all()
+
+
+def test_a_ridge_that_vanishes_beside_the_kernel_is_refused():
+    with pytest.raises(ValueError, match="ridge: got 1e-300, so small beside the kernel"):
+        mixing.optimal_rounds(np.diag([1.0, 2, 3]) * 1e100, np.array([1.0, 2, 4]), ridge=1e-300, rounds=2)
+
+
+def test_kernel_values_of_any_real_type(rng):
+    gram, y = random_problem(rng, points=5)
+    mixed = mixing.mixed_rounds(gram, y, 0.5, ridge=1.0, rounds=2)
+    values = rng.integers(0, 5, (3, 5))
+    np.testing.assert_array_equal(mixed.predict(values, 2), mixed.predict(values.astype(np.float32), 2))
+    with pytest.raises(TypeError, match="cross_gram: got dtype complex128"):
+        mixed.predict(values + 0j, 2)

@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.metrics.pairwise import rbf_kernel
 
-from sdfast.hilbert import decompose, self_distill
+from sdfast.hilbert import decompose, secular, self_distill
 
 
 @pytest.fixture
@@ -141,10 +141,10 @@ def test_equivalent_kernel_both_ways(rng):
             d, c = path.spectrum.values, path.c
             product = np.prod([(d + c[i]) / d for i in range(t)], axis=0)
             np.testing.assert_allclose(path.equivalent_spectrum(t), c[0] / (product - 1), rtol=1e-9)
+            filtered = path.equivalent_spectrum(t) / (path.equivalent_spectrum(t) + c[0])
+            np.testing.assert_allclose(filtered, path.B[t - 1], rtol=2e-15)  # eq. 25 read backwards
         np.testing.assert_allclose(path.equivalent_spectrum(1), path.spectrum.values, rtol=1e-12)
         np.testing.assert_allclose(path.equivalent_gram(1), gram, atol=1e-12 * np.abs(gram).max())
-    filtered = path.equivalent_spectrum(2) / (path.equivalent_spectrum(2) + path.c[0])
-    np.testing.assert_allclose(filtered, path.B[1], rtol=4e-15)  # eq. 25 read backwards
 
 
 def test_equivalent_kernel_of_one_output(rng):
@@ -209,6 +209,31 @@ def test_figure_2_over_400_seeds():
     assert (min(fits), max(fits)) in {(low, high) for low in (3, 4) for high in (7, 8, 9)}
     assert np.median(best) in (1, 2)
     assert 0.5 < np.median(gain) < 0.68
+
+
+def test_units_of_labels_and_kernel_do_not_matter(rng):
+    gram, y = random_problem(rng, points=9, decades=2)
+    y = y / np.abs(y).max()
+    plain = self_distill(gram, y, relative_tolerance=0.05)
+    for label, kernel in ((1e-140, 1.0), (1e150, 1.0), (1.0, 1e-150), (1.0, 1e150)):
+        path = self_distill(gram * kernel, y * label, relative_tolerance=0.05)
+        np.testing.assert_allclose(path.c / kernel, plain.c, rtol=1e-10)
+        np.testing.assert_allclose(path.predictions / label, plain.predictions, atol=1e-12)
+        np.testing.assert_allclose(path.equivalent_gram(2) / kernel, plain.equivalent_gram(2), atol=1e-10)
+        for criterion in ("gcv", "loo"):
+            choice, wanted = path.best_round(criterion), plain.best_round(criterion)
+            assert choice == wanted
+            np.testing.assert_allclose(choice.standard_errors / label**2, wanted.standard_errors, rtol=1e-8)
+
+
+def test_as_many_rounds_as_one_likes(rng):
+    """Memory is for the fits there are, not for those asked for."""
+    gram, y = random_problem(rng, points=6, decades=1)
+    path = self_distill(gram, y, relative_tolerance=1e-4, rounds=2**70)
+    assert path.collapsed_at == len(path) < 1e4
+    for backend in ("array", "native") if secular.why_not_native() is None else ("array",):
+        again = self_distill(gram, y, relative_tolerance=1e-4, rounds=10**15, backend=backend)
+        np.testing.assert_allclose(again.c, path.c, rtol=1e-9)
 
 
 def test_an_infeasible_output_leaves_the_others(rng):
@@ -354,6 +379,12 @@ def test_float32_and_torch_grams(rng):
         ({"gram": torch.eye(3, device="meta")}, TypeError, "gram: a Tensor that cannot be handed over.*meta"),
         ({"y": np.array([1.0, 2, 3]) * 1e200}, ValueError, r"y: its energy ‖y‖²/K is inf in float64"),
         ({"y": np.array([[1.0, 0], [2, 0], [3, 0]]), "joint": False}, ValueError, "energy ‖y‖²/K of output 1 is 0.0"),
+        ({"y": np.array([1.0, 2, 3]) * 1e-160}, ValueError, "wanted below"),
+        (
+            {"y": np.array([1.0, 2, 3]) * 1e-160, "tolerance": None, "relative_tolerance": 0.1},
+            ValueError,
+            r"tolerance: comes to 4\.67e-321, wanted at least 1e-290: squares .* another unit",
+        ),
         ({"gram": [[2.0]], "y": [0.0]}, ValueError, "y: its energy ‖y‖²/K is 0.0"),
         ({"tolerance": True}, TypeError, "tolerance: got True, wanted a number"),
         ({"tolerance": "small"}, TypeError, "tolerance: got dtype"),

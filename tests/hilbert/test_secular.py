@@ -1,5 +1,8 @@
 """The multipliers against 40-digit arithmetic, at the ends of what can be asked."""
 
+import subprocess
+import sys
+
 import mpmath
 import numpy as np
 import pytest
@@ -121,3 +124,52 @@ def test_tiny_and_huge_units(backend):
     for unit in (1e-200, 1e200):
         c, _ = secular.solve_path(d * unit, w, 5, backend=backend)
         np.testing.assert_allclose(c / unit, wanted, rtol=1e-12)
+
+
+def test_long_paths_are_those_of_the_definition():
+    """Where the native solver foresees the next root: spectra that decay, jump and repeat, to the collapse."""
+    if secular.why_not_native():
+        pytest.skip(secular.why_not_native())
+    rng = np.random.default_rng()
+    for spectrum in (
+        np.sort(np.arange(1, 301) ** -1.5),
+        10 ** -rng.uniform(0, 12, 300),  # in no order
+        np.repeat(10.0 ** -np.arange(0, 9, 3), 7),
+        np.ones(5),
+        np.append(np.zeros(9), rng.uniform(0.1, 1, 40)),
+    ):
+        w = rng.normal(size=(len(spectrum), 5)) ** 2
+        w *= np.array([3.0, 40, 400, 1e3, 2e4]) / w.sum(0)
+        w *= np.where(spectrum > 0, 1, 1e-5)[:, None]
+        wanted, fits = secular.solve_path(spectrum, w, 150, backend="array")
+        got, native_fits = secular.solve_path(spectrum, w, 150, backend="native")
+        np.testing.assert_array_equal(native_fits, fits)
+        np.testing.assert_allclose(got, wanted, rtol=1e-10)
+
+
+def test_spectra_beyond_what_two_roots_multiply_to(backend):
+    d = 10.0 ** -np.arange(0, 300, 30)
+    w = np.full((10, 1), 4.0)
+    c, fits = secular.solve_path(d, w, 25, backend=backend)
+    for t in range(int(fits[0])):
+        assert (w[:, 0] * (c[t, 0] / (c[t, 0] + d)) ** 2).sum() == pytest.approx(1, rel=1e-12)
+        w = w * (d / (c[t, 0] + d))[:, None] ** 2
+    assert c[0, 0] < 1e-200
+
+
+def test_an_interrupt_ends_the_work():
+    """Ctrl-C while the native threads run is heard at the next column."""
+    if secular.why_not_native():
+        pytest.skip(secular.why_not_native())
+    script = (
+        "import os, signal, threading, numpy as np\n"
+        "from sdfast.hilbert import secular\n"
+        "w = np.ones((2000, 4000)) * 1e4\n"
+        "threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+        "try:\n"
+        "    secular.solve_path(np.linspace(1e-6, 1, 2000), w, 10_000)\n"
+        "except KeyboardInterrupt:\n"
+        "    print('heard')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "heard\n", done.stderr

@@ -5,7 +5,7 @@ import pytest
 from hilbert.kernels_at_random import random_problem
 
 from benchmarks import round_choice
-from sdfast.hilbert import RoundChoice, kernels, self_distill
+from sdfast.hilbert import RoundChoice, kernels, selection, self_distill
 
 
 @pytest.fixture
@@ -139,3 +139,17 @@ def test_noise_rate_wants_class_labels(y, arguments, message):
     path = self_distill(np.diag([1.0, 2, 3, 4]), np.asarray(y), relative_tolerance=0.2)
     with pytest.raises(ValueError, match=message):
         path.noise_rate(**arguments)
+
+
+def test_each_score_is_computed_once(rng, monkeypatch):
+    """The K² work of a choice is done once a path, and a noise rate by GCV does none of it but its own."""
+    calls = []
+    plain = selection._contributions
+    monkeypatch.setattr(selection, "_contributions", lambda *arguments: calls.append(arguments[1]) or plain(*arguments))
+    path = self_distill(np.diag(rng.uniform(0.5, 2, 12)), np.eye(3)[rng.integers(0, 3, 12)] - 0.3, tolerance=0.05)
+    path.noise_rate()
+    assert calls == []
+    path.best_round("gcv")
+    assert calls == ["gcv"]
+    tried = sum(each is not None for each in path.best_round("loo").other_tolerances.values())
+    assert calls[1:] == ["loo"] * (1 + tried)
