@@ -331,7 +331,7 @@ def _another_row(row: Tensor, data: Tensor, generator: torch.Generator) -> Tenso
     differing = (data != row).reshape(len(data), -1).any(1).nonzero()[:, 0]
     if not len(differing):
         return row
-    return data[differing[int(torch.randint(len(differing), (), generator=generator))]]
+    return data[differing[int(torch.randint(len(differing), (), generator=generator, device="cpu"))]]
 
 
 def _sizes(a: Tensor, b: Tensor) -> tuple[int, int, int]:

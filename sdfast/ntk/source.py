@@ -3,6 +3,7 @@
 import fnmatch
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -115,7 +116,7 @@ class Source:
             columns = self.outputs.columns(output, stop - start)
             refuse_other_answers(self.answers, columns, start)
             if self.findings.reads and not self.findings.batch_norm_trains:
-                refuse_other_pieces(columns, lambda first, last, start=start: self._alone(start + first, start + last))
+                refuse_other_pieces(columns, partial(self._alone, start))
             self._check_unused(columns)
             for column in range(self.classes):
                 last = column + 1 == self.classes and not looped
@@ -128,9 +129,10 @@ class Source:
             raise PathChangedError(f"no gradient of {', '.join(sorted(missing))} came")
 
     @torch.no_grad()
-    def _alone(self, start: int, stop: int) -> Tensor:
-        """The outputs of some samples as a batch of their own."""
-        return self.outputs.columns(feeding.call(self.model, self.inputs.rows(start, stop)), stop - start)
+    def _alone(self, start: int, first: int, last: int) -> Tensor:
+        """The outputs of samples `first` to `last` after `start` as a batch of their own."""
+        rows = self.inputs.rows(start + first, start + last)
+        return self.outputs.columns(feeding.call(self.model, rows), last - first)
 
     def _check_unused(self, columns: Tensor) -> None:
         """What no output of the probe's samples depends on, none of these may depend on."""
