@@ -11,7 +11,7 @@ from sdfast.hilbert.spectrum import check_overwrite, decompose_checked
 
 __all__ = ["self_distill"]
 
-SMALLEST_TOLERANCE = 1e-290  # squares are summed beside it, and those under 1e-308 are no longer exact
+SMALLEST_TOLERANCE = 1e-303  # squares are summed beside it, and below 1e-308 they are rounded to 5e-324
 
 
 def self_distill(
