@@ -26,7 +26,8 @@ def run_benchmarks(operation: str, groups: list[str]) -> list[dict]:
         output = Path(folder) / "benchmark.json"
         command = [sys.executable, "-m", "pytest", str(HERE / f"bench_{operation}.py"), "-q", "--benchmark-only",
                    "--benchmark-disable-gc", "--benchmark-warmup=on", "--benchmark-warmup-iterations=3",
-                   "--benchmark-min-rounds=3", f"--benchmark-max-time={0.05 if ON_GPU else 0.2}", "--benchmark-columns=median,iqr,rounds",
+                   "--benchmark-min-rounds=3", f"--benchmark-max-time={0.05 if ON_GPU else 0.2}",
+                   "--benchmark-columns=median,iqr,rounds",
                    "-p", "no:cacheprovider", f"--benchmark-json={output}"]  # fmt: skip
         command += [f"--group={group}" for group in groups]
         quiet = subprocess.run(

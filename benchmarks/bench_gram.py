@@ -21,7 +21,9 @@ if ON_GPU:
     LAYERS_OF["MLP n=8192"] = (8192, LAYERS_OF["MLP n=1000"][1])
 if TINY:
     ROWS_OF = {group: sized(*sizes) for group, sizes in ROWS_OF.items()}
-    LAYERS_OF = {group: (*sized(n), tuple(map(lambda pair: sized(*pair), pairs))) for group, (n, pairs) in LAYERS_OF.items()}
+    LAYERS_OF = {
+        group: (*sized(n), tuple(map(lambda pair: sized(*pair), pairs))) for group, (n, pairs) in LAYERS_OF.items()
+    }
 GROUPS = (*ROWS_OF, *LAYERS_OF)
 TARGETS = {group: {"sdfast": (None,)} for group in GROUPS}
 NAMES = ("torch: whole square", "sdfast")

@@ -96,9 +96,7 @@ def prepare(group, name):
     # The student's read and their gradients written; the teacher's, twice as wide, read.
     moved = 4 * (rows + classes) * width * dtype.itemsize
     about = {"dtype": str(dtype).removeprefix("torch.")}
-    return Case(
-        lambda: step(ROWS[name], *inputs(group)), floor_bytes=moved, floor_flops=flops, rounds=1, about=about
-    )
+    return Case(lambda: step(ROWS[name], *inputs(group)), floor_bytes=moved, floor_flops=flops, rounds=1, about=about)
 
 
 @interleaved(LINEAR_SHAPES, ROWS)

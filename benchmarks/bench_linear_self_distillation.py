@@ -112,9 +112,7 @@ def prepare(group, name):
     about = {"dtype": str(dtype).removeprefix("torch.")}
     # Three products; hidden states and weight read, their gradients written.
     flops, moved = 6 * rows * width * classes, 2 * (rows + classes) * width * dtype.itemsize
-    return Case(
-        lambda: step(ROWS[name], *inputs(group)), floor_bytes=moved, floor_flops=flops, rounds=1, about=about
-    )
+    return Case(lambda: step(ROWS[name], *inputs(group)), floor_bytes=moved, floor_flops=flops, rounds=1, about=about)
 
 
 @interleaved(LINEAR_SHAPES, ROWS)

@@ -144,7 +144,7 @@ def ready(group, name, step, wanted):
 
 
 def floor_flops(group):
-    """One evaluation of every output's equation a round, five operations a point; from the Gram matrix its n³ · 4 / 3."""
+    """One evaluation of every output's equation a round, five operations a point; from a Gram matrix n³ · 4 / 3."""
     if group in MULTIPLIERS:
         points, outputs, rounds = MULTIPLIERS[group]
         return 5 * points * outputs * rounds

@@ -30,7 +30,7 @@ def gemm_rate(row: dict, about: dict) -> float:
 
 
 def floor_seconds(row: dict, about: dict) -> float:
-    """What the row's bytes take at the run's copy rate, or its FLOPs at the GEMM's: the longer; 0 where none is known."""
+    """What the row's bytes take at the run's copy rate, or its FLOPs at the GEMM's: the longer; 0 where unknown."""
     return max(row["floor_bytes"] / about["copy_bytes_per_second"], row["floor_flops"] / gemm_rate(row, about))
 
 
@@ -152,8 +152,8 @@ def write_report() -> Path:
         "are timed in turns, each once in every turn; a time is the median of its turns, a ratio the median of the",
         "turns' ratios, with the range of the turns but the lowest and the highest in parentheses. Each implementation",
         "is checked against the float64 reference before it is timed. A rate counts the floor: what the operation",
-        "itself must read, write and compute; as a time, at this machine's copy or GEMM rate, measured in the same run.",
-        "On a GPU `time` is of eager calls, `host` what one costs the host, and the rate that of steps in a CUDA graph.",
+        "itself must read, write and compute; as a time, at this machine's copy or GEMM rate of the same run. On a GPU",
+        "`time` is of eager calls, `host` what one costs the host, and the rate that of steps in a CUDA graph.",
     ]
     if all(path.parent.name.endswith("-cores") for path in RESULTS.glob("*/*.json")):
         lines.append("The CUDA and Triton backends have no recorded run yet: they are unproved on a GPU.")

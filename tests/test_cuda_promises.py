@@ -115,9 +115,7 @@ STEPS = {
 }
 OF_TRITON = {
     "distillation": lambda b, shape: loss_step(lambda x, y, t: sdfast.distillation_loss(x, t, y, backend=b), shape),
-    "js": lambda b, shape: loss_step(
-        lambda x, y, t: sdfast.distillation_loss(x, t, divergence="js", backend=b), shape
-    ),
+    "js": lambda b, shape: loss_step(lambda x, y, t: sdfast.distillation_loss(x, t, divergence="js", backend=b), shape),
     "linear": lambda b, shape: linear_step(
         lambda h, w, y, chunk: sdfast.linear_self_distillation_loss(h, w, y, 0.6, chunk_rows=chunk, backend=b), shape
     ),

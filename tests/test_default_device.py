@@ -87,4 +87,3 @@ def test_eigenspaces_and_what_labels_hold():
         ratio = ntk.information_ratio(space, labels)
     torch.testing.assert_close(space.values, torch.linalg.eigvalsh(GRAM).flip(0)[:3])
     assert 0 <= float(ratio) <= 1
-

@@ -271,9 +271,9 @@ def _perturbed(
             continue
         if tensor.is_floating_point() or tensor.is_complex():
             spread = torch.nan_to_num(three[key], 0, 0, 0).std() if tensor.numel() > 1 else tensor.new_ones(())
-            noise = torch.randn(
-                tensor[sample].shape, generator=generator, dtype=torch.float64, device="cpu"
-            ).to(tensor.device)
+            noise = torch.randn(tensor[sample].shape, generator=generator, dtype=torch.float64, device="cpu").to(
+                tensor.device
+            )
             tensor[sample] = tensor[sample] + (0.5 * noise * (spread + 0.01)).to(tensor.dtype)
         else:
             seen = torch.unique(inputs.tensors[key][:1024])

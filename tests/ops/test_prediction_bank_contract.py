@@ -101,7 +101,8 @@ def test_a_skipped_amp_step_leaves_a_sound_bank(backend):
     """The scaler skips the step after an overflow; rows of finite logits are predictions all the same."""
     bank = PredictionBank(20, 7)
     layer = torch.nn.Linear(7, 7)
-    optimizer, scaler = torch.optim.SGD(layer.parameters(), 0.1), torch.amp.GradScaler(torch.get_default_device().type, init_scale=2.0**4)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    scaler = torch.amp.GradScaler(torch.get_default_device().type, init_scale=2.0**4)
     for bad in (False, True, False):
         x, labels, indices = inputs()
         weight = layer.weight.detach().clone()
