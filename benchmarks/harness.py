@@ -102,7 +102,7 @@ def measure(benchmark, group: str, turn: int, name: str, prepare: Callable[[str,
 
 
 def on_gpu(case: Case) -> dict[str, float]:
-    """Seconds of the host for one call, and of the device for a replayed CUDA graph's step where one can be captured.
+    """Seconds of the host for one call, and of the device for one step of a replayed CUDA graph.
 
     The graph's figure is the device's alone: no launch waits for the host.
     """

@@ -33,7 +33,7 @@ def test_a_ratio_is_the_median_of_the_turns_ratios():
 
 
 def test_a_gpus_rows_have_a_floor_a_graph_and_a_share():
-    """The floor is the longer of bytes and FLOPs, each at this run's rate; a graph's time stands for the device's."""
+    """The floor is the longer of bytes and FLOPs, at the rates of this run; a graph's time is the device's."""
     timed = measured("sdfast", 0, 4e-6)
     timed["extra_info"] |= {"dtype": "bfloat16", "floor_flops": 5, "host": 3e-6, "graph": 2e-6}
     (row,) = command.combine([timed])
