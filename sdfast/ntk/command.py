@@ -201,7 +201,9 @@ def write_output(
     """Fills the output folder; gives a line that says with what."""
     folder = arguments.output
     folder.mkdir(parents=True, exist_ok=True)
-    arrays: dict[str, dict[str, Any]] = {"gram.npz": {"gram": matrix.numpy(), "labels": labels.numpy(), "eigenvalues": values.numpy()}}
+    arrays: dict[str, dict[str, Any]] = {
+        "gram.npz": {"gram": matrix.numpy(), "labels": labels.numpy(), "eigenvalues": values.numpy()}
+    }
     if space is not None:
         columns = ("values", "vectors", "residuals", "converged")
         arrays["eigenspace.npz"] = {name: getattr(space, name).numpy() for name in columns}
