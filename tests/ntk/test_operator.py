@@ -132,8 +132,7 @@ def test_the_matrix_of_an_operator_is_the_gram_matrix(outputs):
 def test_the_cheaper_of_matrix_and_products_is_taken_and_said():
     x = torch.randn(1200, 20, dtype=torch.float64)
     model = square_layers(20)
-    exact = torch.linalg.eigvalsh(gram(model, x, outputs="trace")).flip(0)[:4]
-    # 2 · 4CnΣdp · 64 columns against n²Σ(d + Cp), both counted: the matrix is cheaper,
+    # 4CnΣdp of 64 columns against n²Σ(d + Cp), both counted: the matrix is cheaper,
     formed = eigenspace(operator(model, x, outputs="trace"), 4)
     assert not formed.matrix_free
     assert formed.method.startswith("H formed (")
@@ -144,9 +143,9 @@ def test_the_cheaper_of_matrix_and_products_is_taken_and_said():
     # and one narrow layer makes products the cheaper way.
     narrow = nn.Linear(20, 1).double()
     assert eigenspace(operator(narrow, x), 4).method.startswith("matrix-free (")
-    for space in (formed, free):
-        torch.testing.assert_close(space.values, exact, rtol=1e-9, atol=0)
-        assert space.converged.all()
+    torch.testing.assert_close(formed.values, free.values, rtol=1e-9, atol=0)
+    assert formed.converged.all()
+    assert free.converged.all()
 
 
 def test_costs_are_counted():
