@@ -79,7 +79,7 @@ def heat_map(gram: Tensor, labels: Tensor | None, title: str, size: float = 13) 
     scale = gram.diagonal().clamp(min=0).sqrt()
     cosines = (gram / torch.outer(scale, scale)).nan_to_num(0)[order][:, order]
     figure = plots.new_figure(6.4, 6)
-    figure.subplots_adjust(left=0.07, right=0.93, top=0.88, bottom=0.06)
+    figure.subplots_adjust(left=0.06, right=0.87, top=0.88, bottom=0.06)
     figure.text(0.02, 0.95, title, fontsize=size, fontweight="bold", color="#202124")
     axes = figure.add_subplot()
     image = axes.imshow(cosines.numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
