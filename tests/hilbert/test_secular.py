@@ -163,6 +163,7 @@ def test_an_interrupt_ends_the_work():
         pytest.skip(secular.why_not_native())
     script = (
         "import os, signal, threading, numpy as np\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell's children ignore it\n"
         "from sdfast.hilbert import secular\n"
         "w = np.ones((2000, 4000)) * 1e4\n"
         "threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
