@@ -87,3 +87,21 @@ def test_eigenspaces_and_what_labels_hold():
         ratio = ntk.information_ratio(space, labels)
     torch.testing.assert_close(space.values, torch.linalg.eigvalsh(GRAM).flip(0)[:3])
     assert 0 <= float(ratio) <= 1
+
+
+def test_draws_of_labels_and_orders():
+    """Noise and order are drawn on the CPU, wherever new tensors are made."""
+
+    def drawn():
+        generator = torch.Generator("cpu").manual_seed(3)
+        flips = [
+            sdfast.data.flip_labels(Y, 0.5, 7, generator=generator, **options).labels
+            for options in ({}, {"convention": "others"}, {"kind": "pair"}, {"exact": True})
+        ]
+        pictures = sdfast.data.Batches(IMAGES, Y[:6], 4, seed=1)
+        return [*flips, *(batch[1] for batch in pictures)]
+
+    wanted = drawn()
+    with torch.device("meta"):
+        got = drawn()
+    assert all(map(torch.equal, got, wanted))

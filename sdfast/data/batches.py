@@ -87,7 +87,8 @@ class Batches:
             return torch.arange(len(self.inputs), device=self.inputs.device)
         # Drawn on the CPU: a GPU's generator would give another order than the CPU's.
         mixed = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)[0] >> 1)
-        order = torch.randperm(len(self.inputs), generator=torch.Generator().manual_seed(mixed))
+        generator = torch.Generator("cpu").manual_seed(mixed)
+        order = torch.randperm(len(self.inputs), generator=generator, device="cpu")
         return order.to(self.inputs.device, non_blocking=True)
 
     def fingerprint(self) -> str:

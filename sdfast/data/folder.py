@@ -126,6 +126,6 @@ def _split(inputs: Tensor, labels: Tensor, fraction: float, seed: int, place: Pa
     test_rows = math.ceil(fraction * len(labels))
     if not 0 < test_rows < len(labels):
         raise ValueError(f"test_fraction: got {fraction}, which leaves no row of the {len(labels)} in {place} to train")
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(labels), generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
     rows = {"test": order[:test_rows], "train": order[test_rows:]}
     return {part: (inputs[chosen], labels[chosen]) for part, chosen in rows.items()}

@@ -97,10 +97,10 @@ class ImageBatches(Batches):
         if not self.padding and not self.flip:
             return None
         mixed = int(np.random.SeedSequence([self.seed, epoch, 1]).generate_state(1, np.uint64)[0] >> 1)
-        generator = torch.Generator().manual_seed(mixed)  # on the CPU, as the order
+        generator = torch.Generator("cpu").manual_seed(mixed)  # on the CPU, as the order
         count = len(self.inputs)
-        offsets = torch.randint(2 * self.padding + 1, (2, count), generator=generator)
-        mirrored = torch.rand(count, generator=generator) < (0.5 if self.flip else 0.0)
+        offsets = torch.randint(2 * self.padding + 1, (2, count), generator=generator, device="cpu")
+        mirrored = torch.rand(count, generator=generator, device="cpu") < (0.5 if self.flip else 0.0)
         device = self.inputs.device
         return offsets.to(device, non_blocking=True), mirrored.to(device, non_blocking=True)
 

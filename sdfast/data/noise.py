@@ -70,21 +70,22 @@ def flip_labels(
     """
     _check_arguments(labels, rate, num_classes, kind, convention, transition, ignore_index, generator)
     given = labels.detach().cpu().reshape(-1).to(torch.int64)
-    kept = torch.ones(len(given), dtype=torch.bool) if ignore_index is None else given != ignore_index
+    kept = torch.ones(len(given), dtype=torch.bool, device="cpu") if ignore_index is None else given != ignore_index
     clean = given[kept]
     if exact:
-        chosen = torch.zeros(len(clean), dtype=torch.bool)
-        chosen[torch.randperm(len(clean), generator=generator)[: round(rate * len(clean))]] = True
+        chosen = torch.zeros(len(clean), dtype=torch.bool, device="cpu")
+        chosen[torch.randperm(len(clean), generator=generator, device="cpu")[: round(rate * len(clean))]] = True
     else:
-        chosen = torch.rand(len(clean), generator=generator, dtype=torch.float64) < rate
+        chosen = torch.rand(len(clean), generator=generator, dtype=torch.float64, device="cpu") < rate
     if kind == "pair":
         replacement = (clean + 1) % num_classes
     elif transition is not None:
         replacement = _draw_by_transition(clean, transition, generator)
     elif convention == "all":
-        replacement = torch.randint(num_classes, (len(clean),), generator=generator)
+        replacement = torch.randint(num_classes, (len(clean),), generator=generator, device="cpu")
     else:
-        replacement = (clean + torch.randint(1, num_classes, (len(clean),), generator=generator)) % num_classes
+        steps = torch.randint(1, num_classes, (len(clean),), generator=generator, device="cpu")
+        replacement = (clean + steps) % num_classes
     noisy = given.masked_scatter(kept, torch.where(chosen, replacement, clean))
     flipped = noisy != given
     realised = int(flipped.sum()) / len(clean) if len(clean) else 0.0
