@@ -17,7 +17,7 @@ SHORT = {
     },
     # At so few steps of the paper's rate a batch norm in evaluation mode knows too little: gradients overflow.
     "dong2019_figure2": {
-        "epochs": 2, "model": "resnet20", "samples": 6, "pairs": 2, "repeats": 2, "learning_rate": 1e-4
+        "epochs": 2, "model": "resnet20", "samples": 12, "pairs": 2, "repeats": 2, "learning_rate": 1e-4
     },
     "dong2019_figure4": {"epochs": 2},
     "dong2019_figure5": {

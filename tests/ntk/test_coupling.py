@@ -58,7 +58,7 @@ COUPLED = {
     "larger batches": (beyond(4), "the output of sample 0 is another in a batch of 8 than of 3"),
     "a path chosen by the batch": (
         by_the_sign_of_the_batch,
-        "reads values of the samples to choose its path|output of one sample changes",
+        "reads values of the samples to choose its path|output of one sample changes|is another in a batch of 8",
     ),
 }
 
