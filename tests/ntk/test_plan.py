@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sdfast.ntk import Plan, calibration, costs, gram, plan, planner
+from sdfast.ntk import Plan, calibration, costs, gram, plan, planner, products
 from sdfast.ntk.blocks import collect
 
 from . import zoo
@@ -166,6 +166,34 @@ def test_a_prediction_counts_all_passes():
     assert min(made.seconds) > 0
     assert made.seconds.total == sum(made.seconds)
     assert f"predicted: {made.seconds.total:.3g} s" in str(made)
+
+
+@pytest.mark.parametrize("outputs", ["sum", "full", "per_class"])
+def test_every_kind_of_work_is_timed(outputs, monkeypatch):
+    """Tokens, several positions, one; both sides; a single micro-batch; more groups than are timed."""
+    monkeypatch.setattr(costs, "contracts", lambda *arguments: True)
+    model, x = zoo.GPT(), zoo.tokens(40)
+    for options in ({}, {"x2": zoo.tokens(7)}, {"batch_size": 64}, {"memory": 30_000}):
+        made = plan(model, x, outputs=outputs, calibrate=True, **options)
+        assert {e.method for e in made.entries} >= {"contract", "materialise"}
+        assert all(seconds > 0 for seconds in made.seconds)
+        assert ("memory" in options) == (made.passes > 1)
+
+
+def test_single_positions_hold_no_products():
+    """A tile's products by panels: what is allocated beside the total stays far below two of its size."""
+    n = 1024
+    a, b, total = torch.randn(n, 1, 8), torch.randn(1, n, 1, 8), torch.zeros(n, n, dtype=torch.float64)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        products.add_single_positions(total, (a, b), (a, b), "float32", True)
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    assert 0 < peak < total.nbytes / 2
+    assert_exact(total.tril(), ((a[:, 0].double() @ a[:, 0].double().T) * (b[0, :, 0].double() @ b[0, :, 0].double().T))
+                 .tril(), 1e-6)  # fmt: skip
 
 
 def test_the_default_plan_is_the_public_type():
