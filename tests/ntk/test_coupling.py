@@ -56,10 +56,8 @@ COUPLED = {
     "a parameter by place": (lambda s, x: F.linear(x, s.w) + s.t[: len(x)], "changes with its place"),
     "size": (lambda s, x: F.linear(x, s.w) * len(x), "changes with its place in the batch, or with their number"),
     "larger batches": (beyond(4), "the output of sample 0 is another in a batch of 8 than of 3"),
-    "a path chosen by the batch": (
-        by_the_sign_of_the_batch,
-        "reads values of the samples to choose its path|output of one sample changes|is another in a batch of 8",
-    ),
+    # Which guard sees it first depends on the draw.
+    "a path chosen by the batch": (by_the_sign_of_the_batch, "only batch norm in training mode may couple samples"),
 }
 
 
