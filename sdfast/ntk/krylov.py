@@ -133,6 +133,7 @@ class _Run:
         self.size = 0
         self.values = np.zeros(0)
         self.rotation = np.zeros((0, 0))
+        self.dropped = 0.0  # norm of what H makes of the start outside of it, where that is too little to follow
         self.fresh_from: int | None = None  # where in the basis the last look for missed eigenvectors began
 
     @property
@@ -172,6 +173,13 @@ class _Run:
             if full:
                 checked, self.fresh_from = 0, None
             drawn = (FRESH_BESIDE_START if first else FRESH) if looking else 0
+            if (
+                looking
+                and first
+                and (left := math.sqrt(np.linalg.norm(squares, 2))) <= 0.85 * asked.tolerance * self.scale
+            ):
+                # The start will do as it is.
+                self.dropped, remainder, squares = left, remainder[:, :0], squares[:0, :0]
             block = self.next_block(remainder, squares, drawn, full)
         raise ValueError(f"max_iterations: got {asked.products}, wanted at least 1")
 
@@ -211,7 +219,8 @@ class _Run:
             return False
         allowed = np.full(len(estimates), self.asked.tolerance)
         allowed[self.asked.wanted :] *= _NEXT
-        return bool((estimates <= 0.9 * allowed * self.scale).all())  # next_block drops 0.1 of it
+        # next_block drops 0.1 of it
+        return bool((estimates + self.dropped <= 0.9 * allowed * self.scale).all())
 
     def fresh_is_resolved(self, squares: np.ndarray, open_from: int) -> bool:
         """Whether the largest Ritz pair that lies mostly in what a look has brought up is known well enough.

@@ -205,7 +205,7 @@ def test_a_warm_start_saves_products_and_misses_nothing(monkeypatch):
         space = eigenspace(matrix + 1e-9 * np.eye(300), 5, start=start)
         columns[name] = sum(o.columns for o in outcome)
         assert_right(space, matrix + 1e-9 * np.eye(300), 5, 1e-10)
-    assert columns["warm"] < columns["cold"]
+    assert columns["warm"] <= 0.6 * columns["cold"]
     # The start is an invariant subspace, but of the smallest eigenvalues: each is a converged pair of its own.
     low = np.linalg.eigh(matrix)[1][:, :5]
     assert_right(eigenspace(matrix, 5, start=low), matrix, 5, 1e-10)
