@@ -85,11 +85,19 @@ inline Layout packed_gradient(const Geometry& geometry, int64_t pitch) {
   return {0, geometry.out[0] * plane, 1, {plane, line, pitch}};
 }
 
-// apply(begin, end) over blocks of lines, each of at most kPositions<T> positions where a line is no longer than that
+// Some whole lines, or a part of one line.
+struct Block {
+  int64_t begin, end, column, columns;  // lines; first position of each, positions of each
+  bool first() const { return begin == 0 && column == 0; }
+};
+
+// apply(block) over all output positions, at most kPositions<T> at a time.
 template <class T, class Apply>
-void over_lines(const Geometry& geometry, const Apply& apply) {
-  const int64_t step = std::max<int64_t>(1, kPositions<T> / geometry.out[2]);
-  for (int64_t line = 0; line < geometry.lines(); line += step) apply(line, std::min(geometry.lines(), line + step));
+void over_positions(const Geometry& geometry, const Apply& apply) {
+  const int64_t width = geometry.out[2], step = std::max<int64_t>(1, kPositions<T> / width);
+  for (int64_t line = 0; line < geometry.lines(); line += step)
+    for (int64_t column = 0; column < width; column += kPositions<T>)
+      apply(Block{line, std::min(geometry.lines(), line + step), column, std::min(kPositions<T>, width - column)});
 }
 
 // The implicit GEMM of one group: input channels of neighbouring kernel positions lie side by side in a packed line, in
@@ -182,19 +190,21 @@ class DenseGroups {
     void outputs(int64_t first, int64_t last, T* to, bool add) {
       const Geometry& g = all.geometry_;
       const int64_t input_step = g.stride[2] * g.inputs, gradient_step = all.gradient_.space[2];
-      over_lines<T>(g, [&](int64_t begin, int64_t end) {
+      over_positions<T>(g, [&](const Block& block) {
+        const T* given = gradient + block.column * gradient_step + first;
         for (int64_t r = 0; r < all.runs_; ++r) {
-          const T* run = input.get() + run_offsets[r];
+          const T* run = input.get() + block.column * input_step + run_offsets[r];
           if (all.outputs_are_vectors_) {
-            const Lines lines = {offsets.input.data(), offsets.gradient.data(), begin, end, g.out[2], input_step,
-                                 gradient_step};
-            multiply_all(run, all.run_, gradient + first, last - first, lines, tile.get() + r * all.run_ * all.pitch_,
-                         all.pitch_, begin > 0);
-          } else {
             const Lines lines = {
-                offsets.gradient.data(), offsets.input.data(), begin, end, g.out[2], gradient_step, input_step};
-            multiply_all(gradient + first, last - first, run, all.run_, lines, tile.get() + r * whole(all.run_),
-                         all.pitch_, begin > 0);
+                offsets.input.data(), offsets.gradient.data(), block.begin, block.end, block.columns, input_step,
+                gradient_step};
+            multiply_all(run, all.run_, given, last - first, lines, tile.get() + r * all.run_ * all.pitch_, all.pitch_,
+                         !block.first());
+          } else {
+            const Lines lines = {offsets.gradient.data(), offsets.input.data(), block.begin, block.end,
+                                 block.columns,           gradient_step,        input_step};
+            multiply_all(given, last - first, run, all.run_, lines, tile.get() + r * whole(all.run_), all.pitch_,
+                         !block.first());
           }
         }
       });
@@ -280,11 +290,9 @@ class GroupLanes {
     }
 
     void write(T* to, int64_t count, bool add) {
-      over_lines<T>(g, [&](int64_t begin, int64_t end) {
-        const Lines block = {lines.gradient.data(),         lines.input.data(), begin, end, g.out[2], g.outputs * kPart,
-                             g.stride[2] * g.inputs * kPart};
+      over_positions<T>(g, [&](const Block& block) {
         for (int64_t o = 0; o < g.outputs; ++o)
-          for (int64_t lane = 0; lane < count; lane += vec::kLanes<T>) sum(o, lane, block, begin > 0);
+          for (int64_t lane = 0; lane < count; lane += vec::kLanes<T>) sum(o, lane, block);
       });
       for (int64_t group = 0; group < count; ++group)
         for (int64_t j = 0; j < g.outputs * per_output; ++j) {
@@ -294,12 +302,17 @@ class GroupLanes {
         }
     }
 
-    void sum(int64_t o, int64_t lane, const Lines& block, bool add) {
+    void sum(int64_t o, int64_t lane, const Block& block) {
+      const int64_t gradient_step = g.outputs * kPart, input_step = g.stride[2] * g.inputs * kPart;
+      const Lines positions = {lines.gradient.data(), lines.input.data(), block.begin, block.end,
+                               block.columns,         gradient_step,      input_step};
+      const T* from = input.get() + block.column * input_step + lane;
+      const T* given = gradient.get() + block.column * gradient_step + o * kPart + lane;
       for (int64_t j = 0; j < per_output;) {
         const int64_t left = per_output - j;
         const auto run = left >= 9 ? multiply_groups<T, 9> : left >= 3 ? multiply_groups<T, 3> : multiply_groups<T, 1>;
-        run(input.get() + lane, offsets.data() + j, gradient.get() + o * kPart + lane, block,
-            tile.get() + (o * per_output + j) * kPart + lane, kPart, add);
+        run(from, offsets.data() + j, given, positions, tile.get() + (o * per_output + j) * kPart + lane, kPart,
+            !block.first());
         j += left >= 9 ? 9 : left >= 3 ? 3 : 1;
       }
     }
