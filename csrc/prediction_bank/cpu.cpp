@@ -4,6 +4,7 @@
 #include "../self_distillation/cpu_batch.h"
 #include "cpu_loops.h"
 #include "cpu_storage.h"
+#include "description.h"
 
 namespace sdfast::prediction_bank {
 namespace {
@@ -211,31 +212,15 @@ std::tuple<Tensor, Tensor, Tensor> forward_as(BankProblem<T> problem, const Tens
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor logits, Tensor labels, OptionalTensor alpha, Tensor indices,
                                            Tensor predictions, Tensor classes, Tensor seen, Tensor,
                                            OptionalTensor class_weight, OptionalTensor row_weight, double alpha_value,
-                                           bool adaptive, int64_t label_fn, double label_parameter, int64_t loss,
-                                           int64_t reduction, int64_t ignore_index, double label_smoothing,
-                                           int64_t mixing, double target_power, double row_power, double momentum,
-                                           bool bias_correction, bool write_first, int64_t warm_up, bool unique,
-                                           bool update, double strength, double clamp, bool want_gradient, bool late,
-                                           bool want_stats) {
-  const Description d{alpha_value,
-                      static_cast<LabelFunction>(label_fn),
-                      static_cast<Loss>(loss),
-                      static_cast<Reduction>(reduction),
-                      static_cast<Mixing>(mixing),
-                      ignore_index,
-                      label_parameter,
-                      label_smoothing,
-                      target_power,
-                      row_power,
-                      adaptive,
-                      want_gradient,
-                      want_stats};
+                                           int64_t codes, int64_t ignore_index, OptionalNumbers numbers,
+                                           double momentum, OptionalNumbers regularisation) {
+  const Description d = unpacked(alpha_value, codes, ignore_index, numbers);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     return forward_as<T>({make_problem<T>(logits, labels, alpha, {}, class_weight, row_weight, d),
-                          settings<T>(momentum, bias_correction, write_first, warm_up, unique, update, strength, clamp),
+                          unpacked_settings<T>(codes, momentum, regularisation),
                           Storage(predictions, classes, seen, logits.size(1)), indices.const_data_ptr<int64_t>()},
-                         logits, d, late);
+                         logits, d, comes_late(codes));
   };
   return logits.scalar_type() == ScalarType::Double ? run(0.0) : run(0.f);
 }

@@ -7,6 +7,7 @@
 
 #include "../self_distillation/cuda_batch.cuh"
 #include "cuda_rows.cuh"
+#include "description.h"
 
 namespace sdfast::prediction_bank {
 namespace {
@@ -123,55 +124,40 @@ void launch_for(const CudaStream& stream, const Problem<In>& problem, const Tens
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor logits, Tensor labels, OptionalTensor alpha, Tensor indices,
                                            Tensor predictions, Tensor, Tensor seen, Tensor claims,
                                            OptionalTensor class_weight, OptionalTensor row_weight, double alpha_value,
-                                           bool adaptive, int64_t label_fn, double label_parameter, int64_t loss,
-                                           int64_t reduction, int64_t ignore_index, double label_smoothing,
-                                           int64_t mixing, double target_power, double row_power, double momentum,
-                                           bool bias_correction, bool write_first, int64_t warm_up, bool unique,
-                                           bool update, double strength, double clamp, bool want_gradient, bool late,
-                                           bool want_stats) {
-  const Description d{alpha_value,
-                      static_cast<LabelFunction>(label_fn),
-                      static_cast<Loss>(loss),
-                      static_cast<Reduction>(reduction),
-                      static_cast<Mixing>(mixing),
-                      ignore_index,
-                      label_parameter,
-                      label_smoothing,
-                      target_power,
-                      row_power,
-                      adaptive,
-                      want_gradient,
-                      want_stats};
+                                           int64_t codes, int64_t ignore_index, OptionalNumbers numbers,
+                                           double momentum, OptionalNumbers regularisation) {
+  const Description d = unpacked(alpha_value, codes, ignore_index, numbers);
   return with_dtype(logits, [&](auto zero) {
     using In = decltype(zero);
     using T = Accumulated<In>;
     const CudaStream stream(logits);
     Problem<In> problem = make_problem<In>(logits, labels, alpha, {}, class_weight, row_weight, d);
+    const Settings<T> bank = unpacked_settings<T>(codes, momentum, regularisation);
+    const bool late = comes_late(codes);
     Storage storage;
     storage.predictions = predictions.mutable_data_ptr();
     storage.type = predictions.scalar_type();
     storage.seen = seen.mutable_data_ptr<int32_t>();
-    if (update || unique) storage.claims = claims.mutable_data_ptr<int32_t>();
+    if (bank.update || bank.unique) storage.claims = claims.mutable_data_ptr<int32_t>();
     storage.samples = seen.numel();
     storage.indices = indices.const_data_ptr<int64_t>();
     Batch<T> batch;
     batch.reduction = d.reduction;
-    batch.adaptive = adaptive;
+    batch.adaptive = d.adaptive;
     batch.alpha_value = static_cast<T>(alpha_value);
 
-    Tensor value = reduction == kNone ? new_tensor(logits, {problem.rows}, kType<T>) : new_tensor(logits, {}, kType<T>);
-    (reduction == kNone ? batch.losses : batch.loss) = value.mutable_data_ptr<T>();
+    Tensor value =
+        d.reduction == kNone ? new_tensor(logits, {problem.rows}, kType<T>) : new_tensor(logits, {}, kType<T>);
+    (d.reduction == kNone ? batch.losses : batch.loss) = value.mutable_data_ptr<T>();
     Tensor state = new_tensor(logits, {int64_t{kStateSize}}, kType<T>);
     batch.state = state.mutable_data_ptr<T>();
     const ScalarType type = late ? kType<T> : logits.scalar_type();
     Tensor gradient =
-        want_gradient ? new_tensor(logits, {logits.size(0), logits.size(1)}, type) : new_tensor(logits, {0}, type);
-    if (want_gradient && late)
+        d.want_gradient ? new_tensor(logits, {logits.size(0), logits.size(1)}, type) : new_tensor(logits, {0}, type);
+    if (d.want_gradient && late)
       problem.wide_gradient = static_cast<T*>(gradient.mutable_data_ptr());
-    else if (want_gradient)
+    else if (d.want_gradient)
       problem.gradient = static_cast<In*>(gradient.mutable_data_ptr());
-    const Settings<T> bank =
-        settings<T>(momentum, bias_correction, write_first, warm_up, unique, update, strength, clamp);
     launch_for<In>(stream, problem, logits, storage, bank, batch, late);
     return std::tuple<Tensor, Tensor, Tensor>(value, gradient, state);
   });

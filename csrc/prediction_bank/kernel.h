@@ -35,18 +35,4 @@ struct Settings {
   static SDFAST_HOST_DEVICE double expm1(double x) { return ::expm1(x); }
 };
 
-template <class T>
-Settings<T> settings(double momentum, bool bias_correction, bool write_first, int64_t warm_up, bool unique, bool update,
-                     double strength, double clamp) {
-  return {static_cast<T>(1 - momentum),
-          static_cast<T>(std::log(momentum)),
-          warm_up,
-          static_cast<T>(strength),
-          static_cast<T>(clamp),
-          bias_correction,
-          write_first,
-          unique,
-          update};
-}
-
 }  // namespace sdfast::prediction_bank

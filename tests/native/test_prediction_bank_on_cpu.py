@@ -45,7 +45,9 @@ def built(tmp_path_factory):
 @pytest.fixture
 def emulated(built, monkeypatch):
     """The count of launches, with the emulated operation in the CPU's place."""
-    monkeypatch.setitem(op._OPERATIONS, "cpu", torch.ops.sdfast_emulated_bank._prediction_bank.default)
+    operation = torch.ops.sdfast_emulated_bank._prediction_bank.default
+    monkeypatch.setitem(op._EAGER, "cpu", operation._op)
+    monkeypatch.setitem(op._EXPORTED, "cpu", operation)
     return built[1]
 
 

@@ -11,6 +11,8 @@ from helpers import DTYPES, backends, interpreted
 from torch.utils.checkpoint import checkpoint
 
 from sdfast import PredictionBank, elr_loss, self_distillation_loss
+from sdfast.ops.prediction_bank.description import BankDescription, packed
+from sdfast.ops.self_distillation import description
 
 BACKENDS = backends()
 ALL = ["reference", *BACKENDS]
@@ -23,11 +25,12 @@ def test_opcheck(dtype):
     for storage in ({}, {"dtype": torch.bfloat16}, {"top_k": 2}):
         for update, strength, late in ((True, 0.0, False), (True, 3.0, True), (False, 0.0, False)):
             bank = filled(**storage)
+            loss = description.packed(description.Description(0.4, False, 0, 0.5, 0, 1, -100, 0.0), True, True)
+            settings = BankDescription(0.6, True, False, 0, False, update, strength)
             torch.library.opcheck(
                 torch.ops.sdfast._prediction_bank.default,
                 (logits.detach(), labels, torch.rand((), dtype=wide), indices, *bank.storage(), None,
-                 torch.rand(12, dtype=wide), 0.4, False, 0, 0.5, 0, 1, -100, 0.0, 0, 1.0, 0.0, 0.6, True, False, 0,
-                 False, update, strength, 0.0, True, late, True),
+                 torch.rand(12, dtype=wide), *packed(loss, settings, late)),
             )  # fmt: skip
 
 

@@ -1,10 +1,16 @@
-"""The numbers that stand for a bank's settings in its operation, shared by the reference and the kernels."""
+"""The numbers that stand for a bank's settings in its operation, shared by the reference and the kernels.
 
-from typing import NamedTuple
+`csrc/prediction_bank/description.h` takes apart what is packed here.
+"""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:  # the two folders import each other
+    from sdfast.ops.self_distillation.description import Packed
 
 
 class BankDescription(NamedTuple):
-    """What a call fixes beside the loss's own description, in the order of the operation's schema.
+    """What a call fixes beside the loss's own description.
 
     Attributes:
         momentum: β of the running mean.
@@ -28,3 +34,31 @@ class BankDescription(NamedTuple):
 
 
 ORDERS = ("read_then_write", "write_then_read")
+
+# A bank's settings as the operation takes them: flags above the loss's own in its `codes`, with `warm_up` above them;
+# `momentum`; and (strength, clamp), where one of them is not 0.
+PackedBank = tuple[float, int, int, list[float] | None, float, list[float] | None]
+
+BIAS_CORRECTION, WRITE_FIRST, UNIQUE, UPDATE, LATE = 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14
+WARM_UP_BIT = 15
+LONGEST_WARM_UP = 2**31 - 1  # as many predictions as a bank counts
+
+
+def packed(loss: "Packed", bank: BankDescription, late: bool = False) -> PackedBank:
+    """Both descriptions as the operation takes them; what is wanted of it stands in the loss's codes."""
+    alpha_value, codes, ignore_index, numbers = loss
+    momentum, bias_correction, write_first, warm_up, unique, update, strength, clamp = bank
+    codes |= (
+        BIAS_CORRECTION * bias_correction | WRITE_FIRST * write_first | UNIQUE * unique | UPDATE * update
+        | LATE * late | min(warm_up, LONGEST_WARM_UP) << WARM_UP_BIT
+    )  # fmt: skip
+    return alpha_value, codes, ignore_index, numbers, momentum, [strength, clamp] if strength or clamp else None
+
+
+def unpacked_bank(codes: int, momentum: float, regularisation: list[float] | None) -> BankDescription:
+    """The description that `packed` made this of."""
+    strength, clamp = regularisation or (0.0, 0.0)
+    return BankDescription(
+        momentum, bool(codes & BIAS_CORRECTION), bool(codes & WRITE_FIRST), codes >> WARM_UP_BIT,
+        bool(codes & UNIQUE), bool(codes & UPDATE), strength, clamp,
+    )  # fmt: skip

@@ -6,7 +6,14 @@ from sdfast import _checks, _dispatch
 from sdfast.ops.prediction_bank.bank import BankRows, check_rows
 from sdfast.ops.prediction_bank.op import prediction_bank_loss
 from sdfast.ops.self_distillation import arguments
-from sdfast.ops.self_distillation.description import LABEL_FUNCTIONS, LOSSES, REDUCTIONS, Description
+from sdfast.ops.self_distillation.description import (
+    LABEL_FUNCTIONS,
+    LOSSES,
+    MIXINGS,
+    REDUCTIONS,
+    packed_codes,
+    packed_numbers,
+)
 
 
 def elr_loss(
@@ -81,14 +88,12 @@ def elr_loss(
     if row_weight is not None:
         row_weight = _checks.check_weight("row_weight", row_weight, logits.shape[:-1], "(one a row)", logits)
         row_weight = row_weight.reshape(-1)
-    description = Description(
-        1.0, False, LABEL_FUNCTIONS["hardmax"], 1.0, LOSSES["cross_entropy"], REDUCTIONS[reduction], ignore_index,
-        label_smoothing,
-    )  # fmt: skip
+    codes = packed_codes(
+        LABEL_FUNCTIONS["hardmax"], LOSSES["cross_entropy"], REDUCTIONS[reduction], MIXINGS["arithmetic"]
+    )
+    loss = (1.0, codes, ignore_index, packed_numbers(1.0, label_smoothing, 1.0, 0.0))
     chosen = _dispatch.choose(backend, logits.device.type, rows.without_kernel(backend))
     if chosen == "reference":
         arguments.check_values(labels, None, flat, "cross_entropy", ignore_index)
-    value, _ = prediction_bank_loss(
-        chosen, flat, labels, None, rows, class_weight, row_weight, description, False, strength, clamp
-    )
+    value, _ = prediction_bank_loss(chosen, flat, labels, None, rows, class_weight, row_weight, loss, strength, clamp)
     return value.reshape(logits.shape[:-1]) if reduction == "none" and logits.dim() != 2 else value

@@ -1,48 +1,57 @@
 """The private operation behind every loss on a prediction bank: its schema, its fake and its autograd.
 
 `_prediction_bank` reads the rows, mixes the target, computes loss and gradient and writes the rows. It changes the bank
-in place and its schema says so; it therefore stands outside of the `autograd.Function`, which only carries the gradient
-that it has written: compiled code may not change a tensor within a Function.
+in place and its schema says so. In compiled code, which may not change a tensor within an `autograd.Function`, it
+therefore stands outside of one that only carries the gradient that it has written; eager code runs it within.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sdfast import _checks
 from sdfast.ops.prediction_bank.bank import BankRows, will_be_recomputed
-from sdfast.ops.prediction_bank.description import BankDescription
+from sdfast.ops.prediction_bank.description import LATE, UPDATE, BankDescription, packed
 from sdfast.ops.prediction_bank.reference import prediction_bank_reference
-from sdfast.ops.self_distillation.description import REDUCTIONS, STATE_SIZE, Description, accumulation_dtype
+from sdfast.ops.self_distillation.description import (
+    REDUCTIONS,
+    STATE_SIZE,
+    WANT_GRADIENT,
+    Description,
+    Packed,
+    accumulation_dtype,
+    reduction_of,
+    unpacked,
+)
 from sdfast.ops.self_distillation.op import refuse_double_backward, scaled
 
 _SCHEMA = (
     "_prediction_bank{suffix}(Tensor logits, Tensor labels, Tensor? alpha, Tensor indices, Tensor(a!) predictions, "
     "Tensor(b!) classes, Tensor(c!) seen, Tensor(d!) claims, Tensor? class_weight, Tensor? row_weight, "
-    "float alpha_value, bool adaptive, int label_fn, float label_parameter, int loss, int reduction, int ignore_index, "
-    "float label_smoothing, int mixing, float target_power, float row_power, float momentum, bool bias_correction, "
-    "bool write_first, int warm_up, bool unique, bool update, float strength, float clamp, bool want_gradient, "
-    "bool late, bool want_stats) "
-    "-> (Tensor loss, Tensor gradient, Tensor state)"
+    "float alpha_value, int codes, int ignore_index, float[]? numbers, float momentum, float[]? regularisation) "
+    "-> (Tensor loss, Tensor gradient, Tensor state)"  # the second line is `description.PackedBank`
 )
-
-UPDATE = 25  # where that stands after the logits
+_CODES = -5  # where `codes` stands among the arguments
 
 library = torch.library.Library("sdfast", "FRAGMENT")  # outlives the operations: they end with it
 
 
 def _fake(logits, *arguments):
+    codes = arguments[_CODES]
     # What such a compiler makes of it reads, in the backward, rows that the forward has written already.
-    if arguments[UPDATE] and "recompute" in torch.fx.traceback.current_meta:
+    if codes & UPDATE and "recompute" in torch.fx.traceback.current_meta:
         raise NotImplementedError(
             "rows: a PredictionBank is not written in an activation checkpoint that torch.compile compiles; put the "
             "loss outside of the checkpoint, or the checkpoint outside of the compiled function"
         )
     rows, classes = logits.shape
-    reduction, want_gradient, late = arguments[14], arguments[28], arguments[29]
     dtype = accumulation_dtype(logits.dtype)
     return (
-        logits.new_empty((rows,) if reduction == REDUCTIONS["none"] else (), dtype=dtype),
-        logits.new_empty((rows, classes) if want_gradient else (0,), dtype=dtype if late else logits.dtype),
+        logits.new_empty((rows,) if reduction_of(codes) == REDUCTIONS["none"] else (), dtype=dtype),
+        logits.new_empty(
+            (rows, classes) if codes & WANT_GRADIENT else (0,), dtype=dtype if codes & LATE else logits.dtype
+        ),
         logits.new_empty((STATE_SIZE,), dtype=dtype),
     )
 
@@ -64,8 +73,8 @@ def _native_forward(*arguments):
 
 def _without_update_if_recomputed(arguments):
     """What code that was compiled cannot know: whether a checkpoint around it will run it again."""
-    if arguments[1 + UPDATE] and will_be_recomputed():
-        return (*arguments[: 1 + UPDATE], False, *arguments[2 + UPDATE :])
+    if arguments[_CODES] & UPDATE and will_be_recomputed():
+        return (*arguments[:_CODES], arguments[_CODES] & ~UPDATE, *arguments[_CODES + 1 :])
     return arguments
 
 
@@ -85,7 +94,11 @@ library.impl(
 
 _NATIVE = torch.ops.sdfast._prediction_bank.default
 _COMPILED = torch.ops.sdfast._prediction_bank_compiled.default
-_OPERATIONS = {"cpu": _NATIVE, "cuda": _NATIVE, "triton": torch.ops.sdfast._prediction_bank_triton.default}
+_TRITON = torch.ops.sdfast._prediction_bank_triton.default
+# In eager code past the Python part of an operation's call; compiled code wants the operations themselves.
+_EAGER = {"cpu": _NATIVE._op, "cuda": _NATIVE._op, "triton": _TRITON._op}
+_EXPORTED = {"cpu": _NATIVE, "cuda": _NATIVE, "triton": _TRITON}
+_TRACED = {"cpu": _COMPILED, "cuda": _COMPILED, "triton": _TRITON}
 
 
 class CarryGradient(torch.autograd.Function):
@@ -106,19 +119,41 @@ class CarryGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         """The gradient times the upstream one."""
-        refuse_double_backward("a loss on a PredictionBank")
-        if upstream is None:
-            return (None,) * 6
-        gradient, state = ctx.saved_tensors  # read once: activation checkpointing unpacks them only once
-        if state is None:
-            gradient = scaled(gradient, upstream, ctx.backend)
-        else:
-            factor = upstream / state[1]
-            gradient = (gradient * (factor[:, None] if factor.dim() else factor)).to(ctx.dtype)
-        return None, gradient, None, None, None, None
+        return None, known_gradient(ctx, upstream), None, None, None, None
 
 
-_apply = super(torch.autograd.Function, CarryGradient).apply  # without the Python part, as self_distillation has it
+class LossOnRows(torch.autograd.Function):
+    """The operation with its gradient, in eager code: what `CarryGradient` saves, without a copy of the loss."""
+
+    @staticmethod
+    def forward(ctx, backend, logits, others, packed_arguments, late):
+        """Runs the operation; `others` are its tensors after the logits."""
+        value, gradient, state = _EAGER[backend](logits, *others, *packed_arguments)
+        ctx.set_materialize_grads(False)
+        ctx.backend, ctx.dtype = backend, logits.dtype
+        ctx.save_for_backward(gradient, state if late else None)
+        ctx.mark_non_differentiable(state)
+        return value, state
+
+    @staticmethod
+    def backward(ctx, upstream, _):
+        """The gradient times the upstream one."""
+        return None, known_gradient(ctx, upstream), None, None, None
+
+
+def known_gradient(ctx: Any, upstream: Tensor | None) -> Tensor | None:
+    """The saved gradient times the upstream one, rounded where it came late."""
+    refuse_double_backward("a loss on a PredictionBank")
+    if upstream is None:
+        return None
+    gradient, state = ctx.saved_tensors  # read once: activation checkpointing unpacks them only once
+    if state is None:
+        return scaled(gradient, upstream, ctx.backend)
+    factor = upstream / state[1]
+    return (gradient * (factor[:, None] if factor.dim() else factor)).to(ctx.dtype)
+
+
+_apply = super(torch.autograd.Function, LossOnRows).apply  # without the Python part, as self_distillation has it
 
 
 def prediction_bank_loss(
@@ -129,8 +164,7 @@ def prediction_bank_loss(
     rows: BankRows,
     class_weight: Tensor | None,  # (C,)
     row_weight: Tensor | None,  # (N,)
-    description: Description,
-    want_stats: bool,
+    loss: Packed,
     strength: float = 0.0,
     clamp: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
@@ -143,37 +177,39 @@ def prediction_bank_loss(
     if storage.sparse and backend == "cuda":
         raise NotImplementedError("backend='cuda': it has no kernel for a bank with top_k; leave backend=None")
     if backend == "reference":
+        description = unpacked(*loss)
         check_indices(indices, labels, description, bank, len(storage.seen))
         value, state = prediction_bank_reference(
             logits, labels, alpha, indices, storage, class_weight, row_weight, description, bank
         )
     else:
-        value, state = _native(
-            backend, logits, labels, alpha, indices, storage, class_weight, row_weight, description, bank, want_stats
-        )
+        value, state = _native(backend, logits, labels, alpha, indices, storage, class_weight, row_weight, loss, bank)
     if bank.update:
         rows.written = True
     return value, state
 
 
 def _native(
-    backend, logits, labels, alpha, indices, storage, class_weight, row_weight, description, bank: BankDescription,
-    want_stats,
+    backend, logits, labels, alpha, indices, storage, class_weight, row_weight, loss: Packed, bank: BankDescription,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     wanted = logits.requires_grad and torch.is_grad_enabled()
-    late = wanted and (description.reduction == REDUCTIONS["none"] or logits.dtype == torch.float16)
-    operation = _OPERATIONS[backend]
-    if operation is _NATIVE and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-        operation = _COMPILED
-    value, gradient, state = operation(
-        logits.detach(), labels, alpha, indices, *storage, class_weight, row_weight, *description, *bank, wanted,
-        late, want_stats,
-    )  # fmt: skip
-    if torch.compiler.is_compiling():
-        return (CarryGradient.apply(backend, logits, value, gradient, state, late) if wanted else value), state
-    if bank.update:
-        torch.autograd.graph.increment_version((storage.predictions, storage.classes, storage.seen))
-    return (_apply(backend, logits, value, gradient, state, late) if wanted else value), state
+    alpha_value, codes, ignore_index, numbers = loss
+    if wanted:
+        codes |= WANT_GRADIENT
+    late = wanted and (reduction_of(codes) == REDUCTIONS["none"] or logits.dtype == torch.float16)
+    others = (labels, alpha, indices, *storage, class_weight, row_weight)
+    packed_arguments = packed((alpha_value, codes, ignore_index, numbers), bank, late)
+    if not torch.compiler.is_compiling():
+        if wanted:
+            value, state = _apply(backend, logits, others, packed_arguments, late)
+        else:
+            value, _, state = _EAGER[backend](logits.detach(), *others, *packed_arguments)
+        if bank.update:
+            torch.autograd.graph.increment_version((storage.predictions, storage.classes, storage.seen))
+        return value, state
+    operations = _EXPORTED if torch.compiler.is_exporting() else _TRACED
+    value, gradient, state = operations[backend](logits.detach(), *others, *packed_arguments)
+    return (CarryGradient.apply(backend, logits, value, gradient, state, late) if wanted else value), state
 
 
 def check_indices(

@@ -7,18 +7,23 @@ one. None of it is measured yet.
 """
 
 import math
+from typing import Any
 
 import triton
 from torch import Tensor
 
 from sdfast import _devices
+from sdfast.ops.prediction_bank.description import LATE, unpacked_bank
 from sdfast.ops.prediction_bank.triton_kernels import bank_kernel, claim_kernel
 from sdfast.ops.self_distillation.description import (
     LABEL_FUNCTIONS,
     MIXINGS,
     REDUCTIONS,
     STATE_SIZE,
+    WANT_GRADIENT,
+    WANT_STATS,
     accumulation_dtype,
+    unpacked,
 )
 from sdfast.ops.self_distillation.triton_impl import (
     COUNT_IN_PROGRAM,
@@ -45,34 +50,17 @@ def forward(
     claims: Tensor,  # (samples, 2) int32
     class_weight: Tensor | None,  # (C,)
     row_weight: Tensor | None,  # (N,)
-    alpha_value: float,
-    adaptive: bool,
-    label_fn: int,
-    label_parameter: float,
-    loss: int,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
-    mixing: int,
-    target_power: float,
-    row_power: float,
-    momentum: float,
-    bias_correction: bool,
-    write_first: bool,
-    warm_up: int,
-    unique: bool,
-    update: bool,
-    strength: float,
-    clamp: float,
-    want_gradient: bool,
-    late: bool,
-    want_stats: bool,
+    *description: Any,  # `description.PackedBank`
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`_prediction_bank_triton`: (loss, gradient, state) as the operation's schema has them."""
+    codes, momentum, regularisation = description[1], *description[4:]
+    loss = unpacked(*description[:4])
+    bank = unpacked_bank(codes, momentum, regularisation)
+    want_gradient, late, want_stats = codes & WANT_GRADIENT, bool(codes & LATE), bool(codes & WANT_STATS)
     rows, columns = logits.shape
     top_k = classes.shape[1]
     real = accumulation_dtype(logits.dtype)
-    reduced = reduction != REDUCTIONS["none"]
+    reduced = loss.reduction != REDUCTIONS["none"]
     value = logits.new_empty(() if reduced else (rows,), dtype=real)
     gradient = logits.new_empty((rows, columns) if want_gradient else (0,), dtype=real if late else logits.dtype)
     state = logits.new_empty((STATE_SIZE,), dtype=real)
@@ -80,27 +68,28 @@ def forward(
     programs = max(1, triton.cdiv(rows, tile.rows))
     summed = reduced or want_stats
     soft = labels.dim() == 2
-    claimed = (update or unique) and rows > 0
+    claimed = (bank.update or bank.unique) and rows > 0
     with _devices.current(logits):
         if claimed:
             claim_kernel[(triton.cdiv(rows, CLAIM_TILE),)](
-                labels, indices, claims, labels.stride(0), rows, len(seen), ignore_index, soft, CLAIM_TILE
+                labels, indices, claims, labels.stride(0), rows, len(seen), loss.ignore_index, soft, CLAIM_TILE
             )
         counts: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
-        if adaptive or (reduction == REDUCTIONS["mean"] and not soft and rows > COUNT_IN_PROGRAM):
-            counts = count(logits, labels, class_weight, adaptive, ignore_index)
+        if loss.adaptive or (loss.reduction == REDUCTIONS["mean"] and not soft and rows > COUNT_IN_PROGRAM):
+            counts = count(logits, labels, class_weight, loss.adaptive, loss.ignore_index)
         bank_kernel[(programs,)](
             logits, labels, alpha, indices, predictions, classes if top_k else None, seen, claims if claimed else None,
             class_weight, row_weight, *counts, state, gradient if want_gradient else None, value,
             logits.new_empty((PARTIALS, programs), dtype=real) if summed else None,
-            arrival_counter(logits.device) if summed else None, *logits.stride(), *label_strides(labels), alpha_value,
-            label_parameter, label_smoothing, target_power, row_power, 1 - momentum,
-            math.log(momentum) if momentum else -math.inf, strength,
-            clamp, rows, columns, len(seen), next((count.numel() for count in counts if count is not None), 0),
-            ignore_index, warm_up, loss, label_fn, mixing == MIXINGS["geometric"], target_power != 1, row_power != 0,
-            reduction, soft, adaptive, alpha is not None and alpha.dim() == 1,
-            bias_correction, write_first, unique, update,
-            label_fn == LABEL_FUNCTIONS["softmax"] and label_parameter != 1, strength != 0, clamp != 0, late,
+            arrival_counter(logits.device) if summed else None, *logits.stride(), *label_strides(labels),
+            loss.alpha_value, loss.label_parameter, loss.label_smoothing, loss.target_power, loss.row_power,
+            1 - momentum, math.log(momentum) if momentum else -math.inf, bank.strength,
+            bank.clamp, rows, columns, len(seen), next((count.numel() for count in counts if count is not None), 0),
+            loss.ignore_index, bank.warm_up, loss.loss, loss.label_fn, loss.mixing == MIXINGS["geometric"],
+            loss.target_power != 1, loss.row_power != 0, loss.reduction, soft, loss.adaptive,
+            alpha is not None and alpha.dim() == 1, bank.bias_correction, bank.write_first, bank.unique, bank.update,
+            loss.label_fn == LABEL_FUNCTIONS["softmax"] and loss.label_parameter != 1, bank.strength != 0,
+            bank.clamp != 0, late,
             want_stats, soft and columns == 1, top_k, triton.next_power_of_2(top_k + 1), tile.rows, tile.columns,
             tile.one_tile, stages(logits), REAL[real], num_warps=tile.warps,
         )  # fmt: skip

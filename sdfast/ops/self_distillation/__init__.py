@@ -151,7 +151,7 @@ def self_distillation_loss(
     if chosen == "reference":
         arguments.check_values(rows, mix, flat, loss, ignore_index)
     if isinstance(source, BankRows):
-        value, state = prediction_bank.prediction_bank_loss(chosen, *rows_in, unpacked(*packed), return_stats)  # type: ignore[arg-type]
+        value, state = prediction_bank.prediction_bank_loss(chosen, *rows_in, packed)  # type: ignore[arg-type]
     elif chosen == "reference":
         value, state = self_distillation_reference(*rows_in, unpacked(*packed))  # type: ignore[arg-type]
     else:
