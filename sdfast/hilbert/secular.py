@@ -8,8 +8,8 @@ w (d / (c + d))² ≤ w, so its root lies left of the last one: one Newton step 
 The zero function fits, and the path ends, where Σ w ≤ 1. Equality happens: on a flat spectrum √(Σ w) falls by exactly 1
 a round. So that rounding does not decide, **after t rounds a column has collapsed when Σ w ≤ 1 + 2⁻⁵⁰ (1 + t)²**. Every
 round adds a rounding of its own size to Σ w, which later ones do not shrink below their share: as √(Σ w) falls by at
-most 1 a round, they are of sizes up to 1, 2, …, t beside the last one's, and their sum of the order t² / 2. The fit that
-is left out at most, one whose targets' energy exceeds Kε by less than that, is zero up to the same rounding.
+most 1 a round, they are of sizes up to 1, 2, …, t beside the last one's, and their sum of the order t² / 2. What is
+left out at most, a fit whose targets' energy exceeds Kε by less than that, is zero up to the same rounding.
 
 The functions of this file that take an array namespace are the definition. csrc/secular/secular.h finds the same roots
 for the CPU (pybind11) and for CUDA (CuPy compiles the header) in fewer passes over memory: near the root Halley's step
@@ -76,7 +76,8 @@ def solve_path(eigenvalues: Any, weights: Any, rounds: int, *, backend: str | No
 
     Returns:
         c (fits, columns), where ``inf`` stands from the round at which a column's Σ w ≤ 1 (collapse: the fit is zero;
-        1 up to rounding, see above), and NaN in the columns that no c solves (Σ of w where d = 0 reaches 1); and each column's count of fits.
+        1 up to rounding, see above), and NaN in the columns that no c solves (Σ of w where d = 0 reaches 1); and each
+        column's count of fits.
 
     Raises:
         ValueError: The backend does not exist.
