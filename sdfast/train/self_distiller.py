@@ -19,6 +19,7 @@ from sdfast.data.batches import Batches
 from sdfast.nn import SelfDistillationLoss
 from sdfast.ops.self_distillation import AdaptiveAlpha, ClipLabel, GeneralizedCrossEntropy, LossStats, SmallLoss
 from sdfast.ops.self_distillation.reference import batch_accuracy
+from sdfast.train import processes
 from sdfast.train.checkpoint import Checkpoint
 from sdfast.train.history import EpochRecord, History
 from sdfast.train.parts import AMP_DTYPES, amp_name, check_batches, check_method, check_parts
@@ -159,7 +160,7 @@ class SelfDistiller:
             epochs: How many, those of the checkpoint included.
             eval: Batches on which the accuracy is measured after each epoch.
             callbacks: Each is called as ``callback(distiller, history)`` after an epoch, before its checkpoint; one
-                that returns ``True`` ends the training.
+                that returns ``True`` ends the training, in all processes.
             checkpoint: A file written before the first epoch and after each. Where it exists the training continues
                 from it, and ends with bitwise the weights of an uninterrupted run on the same machine and thread count,
                 if the batches of an epoch depend on torch's, NumPy's and Python's random states and the epoch alone.
@@ -214,7 +215,7 @@ class SelfDistiller:
                     if not math.isfinite(history.last.loss) and not allow_nan:
                         raise _not_finite(history)
                     votes = [callback(self, history) is True for callback in callbacks]
-                    stopped = any(votes)
+                    stopped = any(self._of_all(any(votes)))
                     if saved is not None:
                         saved.save(history, stopped, step)
                     if stopped:
@@ -296,6 +297,11 @@ class SelfDistiller:
         if alpha is None:
             raise TypeError(f"alpha: the function gave None for epoch {epoch}, step {step}, wanted a number")
         return self.loss(logits, labels, alpha=alpha)
+
+    def _of_all(self, vote: bool) -> list[bool]:
+        """That of every process which trains this model: one that went on alone would wait for ever."""
+        shared = isinstance(self.model, nn.parallel.DistributedDataParallel)
+        return processes.together(lambda: vote) if shared else [vote]
 
     def _on_device(self, batches: Iterable, name: str) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         for batch in batches:
