@@ -105,9 +105,17 @@ def summarise(settings: Settings, seeds: dict[int, dict[str, Any]]) -> Summary:
         above(
             f"The information ratio falls from {low} to {high} flipped labels", [c[0] - c[-1] for c in plain], "", 1.0
         ),
-        above("It falls at every step of the noise (the smallest fall of each seed)", _smallest(plain), "", 1.0),
         above(
-            "It does with the labels' mean taken off too (the smallest fall of each seed)", _smallest(centred), "", 1.0
+            f"The ratio falls at every step from {low} to {high} (the smallest fall of each seed)",
+            _smallest(plain),
+            "",
+            1.0,
+        ),
+        above(
+            "It falls so with the labels' mean taken off too (the smallest fall of each seed)",
+            _smallest(centred),
+            "",
+            1.0,
         ),
     ]
     columns = [(state, coding) for state in NETWORKS for coding in CODINGS]

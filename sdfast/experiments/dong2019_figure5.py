@@ -196,15 +196,16 @@ def summarise(settings: Settings, seeds: dict[int, dict[str, Any]]) -> Summary:
     paper = ["paper (CIFAR-10, ResNet-56)", '"mostly" (a curve, no number)', *[""] * (len(headers) - 2)]
     share, gain = (mean_and_deviation(values)[0] for values in (shares["plain"], [*map(_mean, runs)]))
     reading = (
-        f"What self-distillation trains on lies further in the kernel's top {settings.pairs} eigenvectors than the "
-        f"labels as given in {100 * share:.0f} % of the looks, by {gain:+.2f} on average. "
+        f"In {100 * share:.0f} % of the looks the labels that self-distillation trains on have a higher information "
+        f"ratio (in the kernel's top {settings.pairs} eigenvectors) than the labels as given; on average by "
+        f"{gain:.2f}."
     )
     verdict = claims[0].holds
     if verdict is not None:
         reading += (
-            "The gain is mostly above 0, as in the paper's figure."
+            " So the gain is mostly above 0, as in the paper's figure."
             if verdict
-            else f"That it is at least 0 in more than {100 * MOSTLY:.0f} % of them, as the paper's figure suggests, is "
+            else f" That it is so in more than {100 * MOSTLY:.0f} % of them, as the paper's figure suggests, is "
             "not shown."
         )
     return Summary(reading, claims, [(title, headers, [*rows, paper])], lambda: _figure(settings, runs, wrong))
