@@ -21,6 +21,8 @@ FRESH_BESIDE_START = 3  # of the first such look of a run that was given columns
 FRESH = 8  # random columns of a look for eigenvectors that the block has missed
 DEPTH = 3  # products that each random column takes part in before it counts as having seen the top
 _SEEN = 3.0  # times the tolerance: a residual small enough for what a look has brought up
+_SETTLED = 0.85  # times the tolerance: a start's residual that need not be followed
+_CLOSE = 30.0  # times that: one that few products are likely to mend
 _NEXT = 30.0  # the pair after the wanted ones is for the gap alone: this many times the tolerance will do
 
 
@@ -133,7 +135,7 @@ class _Run:
         self.size = 0
         self.values = np.zeros(0)
         self.rotation = np.zeros((0, 0))
-        self.dropped = 0.0  # norm of what H makes of the start outside of it, where that is too little to follow
+        self.dropped = np.zeros((0, 0))  # of norm ‖dropped y‖: what H makes of the basis times y and nothing followed
         self.fresh_from: int | None = None  # where in the basis the last look for missed eigenvectors began
 
     @property
@@ -151,6 +153,7 @@ class _Run:
             block = self.orthonormal(self.random(asked.block))
         # A block of more random columns than are wanted has a share in every copy of a repeated eigenvalue.
         seen = asked.trusted or (start is None and fresh > asked.wanted)
+        on_start = start is not None and not asked.trusted  # nothing but the start has been followed yet
         waiting, before = 0, None
         for count in range(1, asked.products + 1):
             remainder = self.extend(block, count == 1 and start is not None)
@@ -158,30 +161,33 @@ class _Run:
             squares = _to_host(remainder.mT @ remainder)
             whole, last = self.size == self.points, count == asked.products
             full = self.room < block.shape[1] + FRESH and self.basis.shape[1] < self.points
-            finished = False
-            if whole or last or full or self.size >= checked + max(1, self.size // 8):
+            finished = settled = first = False
+            if whole or last or full or on_start or self.size >= checked + self.pause:
                 checked = self.size
                 estimates = self.rayleigh_ritz(squares, self.size - block.shape[1])
                 resolved = waiting <= 0 and self.fresh_is_resolved(squares, self.size - block.shape[1])
                 finished = whole or (resolved and self.meets(estimates))
-            first = count == 1 and start is not None and not asked.trusted  # what a start misses is looked for at once
+                settled = on_start and self.meets_alone(estimates)
+                # What a start misses is looked for at once, unless few products will do for the start itself.
+                first = on_start and (settled or full or count > DEPTH or not self.meets_alone(estimates, _CLOSE))
             looking = (first or finished) and not (whole or seen or self.unchanged(before))
             if last or (finished and not looking):
                 return self.outcome(count, columns, finished and not looking)
+            if settled:
+                remainder, squares = remainder[:, :0], self.settle(squares, self.size - block.shape[1], estimates)
             if looking:
                 before, waiting, self.fresh_from = self.values[: asked.wanted].copy(), DEPTH, self.size
+                on_start = False
             if full:
                 checked, self.fresh_from = 0, None
             drawn = (FRESH_BESIDE_START if first else FRESH) if looking else 0
-            if (
-                looking
-                and first
-                and (left := math.sqrt(np.linalg.norm(squares, 2))) <= 0.85 * asked.tolerance * self.scale
-            ):
-                # The start will do as it is.
-                self.dropped, remainder, squares = left, remainder[:, :0], squares[:0, :0]
-            block = self.next_block(remainder, squares, drawn, full)
+            block = self.next_block(remainder, squares, drawn, full and not settled)
         raise ValueError(f"max_iterations: got {asked.products}, wanted at least 1")
+
+    @property
+    def pause(self) -> int:
+        """Columns to the next Rayleigh–Ritz: few while it costs little, then a fixed share."""
+        return min(self.size**2 // 1024, self.size // 8)
 
     @property
     def room(self) -> int:
@@ -202,12 +208,17 @@ class _Run:
         return image.sub_(self.known @ inside)
 
     def rayleigh_ritz(self, squares: np.ndarray, open_from: int) -> np.ndarray:
-        """Ritz pairs of the basis, and the residual norms of those wanted and the next."""
+        """Ritz pairs of the basis, and the residual norms of all of them."""
         small = self.projected[: self.size, : self.size]
         values, vectors = _eigh(small)
         self.values, self.rotation = values[::-1].copy(), vectors[:, ::-1].copy()
-        ends = self.rotation[open_from:, : self.asked.wanted + 1]
-        return np.sqrt(np.maximum(np.einsum("ic,ij,jc->c", ends, squares, ends), 0))
+        return self.residual_norms(self.rotation, squares, open_from)
+
+    def residual_norms(self, vectors: np.ndarray, squares: np.ndarray, open_from: int) -> np.ndarray:
+        """Of vectors given in the basis: what leads out of it by the last block, and by what was dropped before."""
+        ends = vectors[open_from:]
+        norms = np.sqrt(np.maximum(np.einsum("ic,ic->c", ends, squares @ ends), 0))
+        return norms + np.linalg.norm(self.dropped @ vectors[: self.dropped.shape[1]], axis=0)
 
     @property
     def scale(self) -> float:
@@ -215,12 +226,28 @@ class _Run:
         return float(np.abs(self.values).max(initial=0.0))
 
     def meets(self, estimates: np.ndarray) -> bool:
-        if len(estimates) < min(self.asked.wanted + 1, self.points):
+        wanted = min(self.asked.wanted + 1, self.points)
+        if len(estimates) < wanted:
             return False
-        allowed = np.full(len(estimates), self.asked.tolerance)
+        allowed = np.full(wanted, 0.9 * self.asked.tolerance)  # next_block drops 0.1 of it
         allowed[self.asked.wanted :] *= _NEXT
-        # next_block drops 0.1 of it
-        return bool((estimates + self.dropped <= 0.9 * allowed * self.scale).all())
+        return bool((estimates[:wanted] <= allowed * self.scale).all())
+
+    def meets_alone(self, estimates: np.ndarray, times: float = 1.0) -> bool:
+        """Whether the wanted pairs that there are would do, with a share left for what is yet to be followed."""
+        return bool((estimates[: self.asked.wanted] <= _SETTLED * times * self.asked.tolerance * self.scale).all())
+
+    def settle(self, squares: np.ndarray, open_from: int, estimates: np.ndarray) -> np.ndarray:
+        """Keeps the pairs of the start that will do, and drops what leads out of them: it need not be followed.
+
+        Kept beside them, a direction that is followed no further would hold back every vector that has a share in it.
+        """
+        will_do = estimates <= _SETTLED * self.asked.tolerance * self.scale
+        kept = self.rotation[:, will_do]
+        spectrum, directions = _eigh(kept[open_from:].T @ squares @ kept[open_from:])
+        self.keep(kept, self.values[will_do])
+        self.dropped = np.sqrt(np.maximum(spectrum, 0))[:, None] * directions.T
+        return squares[:0, :0]
 
     def fresh_is_resolved(self, squares: np.ndarray, open_from: int) -> bool:
         """Whether the largest Ritz pair that lies mostly in what a look has brought up is known well enough.
@@ -234,10 +261,10 @@ class _Run:
         largest = int(np.argmax(shares >= 0.5))
         if shares[largest] < 0.5:
             return True
-        end = self.rotation[open_from:, largest]
+        norm = self.residual_norms(self.rotation[:, largest : largest + 1], squares, open_from)[0]
         distance = self.values[min(self.asked.wanted, self.size) - 1] - self.values[largest]
         allowed = max(0.3 * distance, _SEEN * self.asked.tolerance * self.scale)
-        return bool(math.sqrt(max(end @ squares @ end, 0.0)) <= allowed)
+        return bool(norm <= allowed)
 
     def unchanged(self, before: np.ndarray | None) -> bool:
         """Whether fresh random columns have brought up no eigenvalue that was missed."""
@@ -260,11 +287,17 @@ class _Run:
 
     def restart(self) -> None:
         """Keeps the best Ritz vectors: the remainder of the last block is orthogonal to all and couples them by H."""
-        keep = min(self.asked.wanted + 1 + (self.asked.basis - self.asked.wanted) // 3, self.size)
-        self.basis[:, :keep] = self.known @ self.from_host(self.rotation[:, :keep])
-        self.size = keep
+        count = min(self.asked.wanted + 1 + (self.asked.basis - self.asked.wanted) // 3, self.size)
+        self.keep(self.rotation[:, :count], self.values[:count])
+
+    def keep(self, vectors: np.ndarray, values: np.ndarray) -> None:
+        """Makes these Ritz vectors the basis."""
+        count = len(values)
+        self.dropped = self.dropped @ vectors[: self.dropped.shape[1]]
+        self.basis[:, :count] = self.known @ self.from_host(vectors)
+        self.size = count
         self.projected[:] = 0
-        np.fill_diagonal(self.projected[:keep, :keep], self.values[:keep])
+        np.fill_diagonal(self.projected[:count, :count], values)
 
     def orthonormal(self, block: Tensor) -> Tensor:
         """Columns orthonormal among themselves and to the basis; what is dependent is dropped."""
