@@ -79,14 +79,14 @@ def test_a_vector_that_a_wide_start_lacks_is_found_across_restarts():
     generator = np.random.default_rng(torch.randint(2**31, ()).item())
     matrix = symmetric(generator.normal(size=400), generator)
     values, vectors = np.linalg.eigh(matrix)
-    kept = np.delete(np.arange(355, 400), generator.integers(6, 45))
+    kept = np.delete(np.arange(355, 400), generator.integers(5, 9))  # the last wanted ones: their like is near
     start = vectors[:, kept] + 10 ** generator.uniform(-12, -9) * generator.normal(size=(400, 44))
     space = eigenspace(matrix, 40, start=start, strict=True)
     np.testing.assert_allclose(space.values, values[::-1][:40], rtol=0, atol=2e-10 * np.abs(values).max())
 
 
 def test_many_dropped_directions_do_not_spoil_a_residual():
-    """Three levels, seen from the lowest: all but a few directions of a remainder vanish at once, to different sizes."""
+    """Three levels, seen from the lowest: many directions of a remainder vanish at once, to different sizes."""
     generator = np.random.default_rng(torch.randint(2**31, ()).item())
     matrix = symmetric(generator.choice([1.0, 0.7, 0.3], 130), generator)
     low = np.linalg.eigh(matrix)[1][:, :12]
