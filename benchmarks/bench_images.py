@@ -5,6 +5,8 @@ in NumPy. A pass without draws is checked against the arithmetic of the definiti
 """
 
 import functools
+import importlib
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +15,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.harness import Case, interleaved, measure
 from sdfast.data import ImageBatches
-from sdfast.data.vision import torchvision_datasets
 
 PEERS = {"best DataLoader": "DataLoader"}
 TARGETS = {"5120 CIFAR pictures, batch 128": {"sdfast": (0.2,)}}
@@ -28,6 +29,28 @@ def pictures(group):
     """As many as the group's name says."""
     count = int(group.split()[0])
     return torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8), torch.randint(0, 10, (count,))
+
+
+@functools.lru_cache
+def torchvision_transforms():
+    """torchvision.transforms, also of a build for another torch.
+
+    Beside a CPU-only torch the import of a build for CUDA stops where it describes two operators for detection, which
+    no transform needs. They are declared, and the import is tried again.
+    """
+    try:
+        return importlib.import_module("torchvision.transforms")
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[name]
+    library = torch.library.Library("torchvision", "DEF")
+    for operator in ("nms", "qnms"):
+        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    transforms = importlib.import_module("torchvision.transforms")
+    transforms.operators_for_the_import = library  # which end with it
+    return transforms
 
 
 class NumpyPictures(Dataset):
@@ -51,9 +74,9 @@ class TorchvisionPictures(Dataset):
     """PIL pictures through torchvision's transforms, as its own data sets give them."""
 
     def __init__(self, pixels, labels, mean):
-        torchvision_datasets()  # or the reason why not
         from PIL import Image
-        from torchvision import transforms
+
+        transforms = torchvision_transforms()
 
         self.pictures = [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).numpy()]
         self.labels = labels.tolist()

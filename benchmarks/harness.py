@@ -80,6 +80,8 @@ def measure(benchmark, group: str, turn: int, name: str, prepare: Callable[[str,
         try:
             with DEVICE:
                 _prepared[name] = prepare(group, name)
+            if DEVICE.type == "cpu" and not _prepared[name].rounds and is_slow(_prepared[name].step):
+                _prepared[name].rounds = 2
             if "peak_bytes" not in _prepared[name].about:  # measured by `prepare` where torch does not allocate
                 _prepared[name].about["peak_bytes"] = peak_bytes(_prepared[name].step)
         except torch.cuda.OutOfMemoryError as error:
@@ -99,6 +101,13 @@ def measure(benchmark, group: str, turn: int, name: str, prepare: Callable[[str,
         benchmark(timed)
         if DEVICE.type == "cuda":
             benchmark.extra_info.update(on_gpu(case))
+
+
+def is_slow(step: Callable[[], object]) -> bool:
+    """Whether a turn's calibration and warm-up would cost more than they tell."""
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start > 0.05
 
 
 def on_gpu(case: Case) -> dict[str, float]:

@@ -11,7 +11,8 @@ _STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #202124; max-width: 1080px;
   margin: 2.5rem auto; padding: 0 1.2rem; }
 h1 { font-size: 1.7rem; line-height: 1.25; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1.2rem 0; }
+caption { text-align: left; font-weight: 600; padding-bottom: .3rem; }
 th, td { padding: .4rem 1.1rem .4rem 0; border-bottom: 1px solid #e4e6e9; text-align: right; }
 th:first-child, td:first-child { text-align: left; } th { color: #5f6368; font-weight: 600; }
 img { max-width: 100%; } code { background: #f1f3f4; padding: .1rem .3rem; border-radius: 3px; }
@@ -24,14 +25,15 @@ def text(paragraph: str) -> str:
     return f"<p>{html.escape(paragraph)}</p>"
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def table(headers: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "") -> str:
     """A table whose first column names the row."""
 
     def line(cells: Sequence[object], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
 
     body = "".join(line(row, "td") for row in rows)
-    return f"<table><thead>{line(headers, 'th')}</thead><tbody>{body}</tbody></table>"
+    words = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    return f"<table>{words}<thead>{line(headers, 'th')}</thead><tbody>{body}</tbody></table>"
 
 
 def picture(png: bytes, description: str) -> str:

@@ -3,8 +3,8 @@
 // the next round's first step, taken where the last rounds point to: in a long path a round costs one pass. Never
 // materialised: anything of size points x columns beside w itself.
 //
-// One source for g++ (behind pybind11, bindings.cpp) and for CUDA (nvcc, and NVRTC through CuPy's RawModule): no
-// headers. The definition and the mathematics stand in sdfast/hilbert/secular.py.
+// One source for g++ (behind pybind11: cpu_column.h, fold.h, bindings.cpp) and for CUDA (nvcc, and NVRTC through CuPy's
+// RawModule): no headers. The definition and the mathematics stand in sdfast/hilbert/secular.py.
 #ifndef SDFAST_SECULAR_H
 #define SDFAST_SECULAR_H
 
@@ -24,7 +24,12 @@ const double kNear = 0.1;        // steps this small (relative) take the curvatu
 const double kLastStep = 3e-6;   // such a step this small leaves an error of its cube
 const double kNothing = 1e-290;  // weights below this are 0: they never count, and denormals are slow
 const double kFarthest = 1e140;  // two s up to here can be multiplied
-const double kCollapsed = 1 + 0x1p-50;  // energies up to here are 1 but for rounding: the zero function fits
+
+// Energies up to here are 1 but for the rounding of all rounds so far: the zero function fits. Why so, in secular.py.
+SDFAST_SECULAR double collapsed_below(long long rounds) {
+  const double passes = 1 + (double)rounds;
+  return 1 + 0x1p-50 * passes * passes;
+}
 
 // Sums over a column at one s, with t = 1 / (1 + s d).
 struct Sums {
@@ -79,7 +84,7 @@ SDFAST_SECULAR long long solve_column(Column& column, long long rounds) {
   double growth[2] = {1, 1};  // s / last s, and that over its own last
   double guess = 0;
   for (long long round = 0; round < rounds; ++round) {
-    if (!(sums.energy > kCollapsed)) return round;
+    if (!(sums.energy > collapsed_below(round))) return round;
     const double last = s;
     s = root_from(column, sums, start);
     column.found(round, 1 / s);

@@ -141,7 +141,7 @@ def summarise(settings: Settings, seeds: dict[int, dict[str, Any]]) -> Summary:
         # A single fit cannot tell eigenvectors further apart than their eigenvalues are; rounds multiply.
         always = all(a >= b - 1e-9 for one in kernel for a, b in zip(one["distilled"], one["stopped"], strict=True))
         beyond = sum(one["distilled"][-1] > one["stopped"][-1] for one in kernel)
-        text = "On a kernel, rounds are never less sparse than the early-stopped fit of the same error"
+        text = "On a kernel, rounds never keep more directions than a single fit stopped at the same error"
         claims.append(Claim(text, always, f"last round sparser in {beyond} of {len(kernel)}", None, len(kernel)))
         fits = min(len(one["distilled"]) for one in kernel)
         rows = [
@@ -154,14 +154,16 @@ def summarise(settings: Settings, seeds: dict[int, dict[str, Any]]) -> Summary:
             ]
             for t in range(fits)
         ]
-        title = "Gaussian kernel: log₁₀ of the largest over the smallest filter entry, at equal training error"
+        title = (
+            "Gaussian kernel: log₁₀ of how much better the strongest direction is kept than the weakest, at equal error"
+        )
         tables.append((title, ["round", "self-distilled", "stopped early"], rows))
         verdict = (
             ", as the theory says" if always and beyond == len(kernel) else ", not in every seed as the theory says"
         )
         sentence = (
-            f" On a kernel the filter of round {fits} spans {rows[-1][1]} decades, that of the early-stopped fit "
-            f"{rows[-1][2]}{verdict}."
+            f" On a kernel round {fits} keeps its strongest direction 10^{rows[-1][1]} times better than its weakest, "
+            f"a single fit of the same training error 10^{rows[-1][2]} times: rounds leave fewer directions{verdict}."
         )
     mean, _ = mean_and_deviation(last)
     reading = (

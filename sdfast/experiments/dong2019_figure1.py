@@ -97,20 +97,21 @@ def summarise(settings: Settings, seeds: dict[int, dict[str, Any]]) -> Summary:
         means = [mean_and_deviation(column)[0] for column in zip(*students, strict=True)]
         best = settings.epochs[means.index(max(means))]
         where = f"at {100 * noise:.0f} % noise" if noise else "on clean labels"
+        late = "" if best == settings.epochs[-1] else f", after {settings.epochs[-1]} at {100 * means[-1]:.1f} %"
         sentences.append(
-            f"{where[0].upper()}{where[1:]} the teacher of epoch {best} teaches best ({100 * max(means):.1f} %, epoch "
-            f"{settings.epochs[-1]}: {100 * means[-1]:.1f} %)"
+            f"{where} students end best when the teacher stops after {best} epochs, at {100 * max(means):.1f} %{late}"
         )
         if noise or len(settings.noises) == 1:
             text = f"A teacher stopped at epoch {settings.early} teaches better than at {settings.epochs[-1]}, {where}"
             claims.append(above(text, gains))
         else:
-            text = f"On clean labels the students of epochs {settings.early} and {settings.epochs[-1]} are equal"
+            either = f"{settings.early} and {settings.epochs[-1]}"
+            text = f"On clean labels students of a teacher stopped at epochs {either} are equally good"
             claims.append(within(text, gains, settings.bound))
         tables.append((f"Test accuracy (%) {where}", *_table(settings, [run[str(noise)] for run in runs])))
-    reading = (
-        f"{'; '.join(sentences)}. The paper sees its best student, on clean CIFAR-100, from epoch {PAPER_BEST} of 200."
-    )
+    told = "; ".join(sentences)
+    paper = f"The paper sees its best student, on clean CIFAR-100, from epoch {PAPER_BEST} of 200."
+    reading = f"{told[0].upper()}{told[1:]}. {paper}"
     return Summary(reading, claims, tables, lambda: _figure(settings, runs))
 
 

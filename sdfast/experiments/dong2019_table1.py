@@ -339,7 +339,13 @@ def _figure(settings: Settings, runs: list[dict[str, Any]]) -> Any:
 EXPERIMENT = Experiment(
     title="Methods against noise",
     source="Dong et al. 2019, Table 1",
-    question="How much test accuracy does each way of learning keep when more and more training labels are wrong?",
+    question=(
+        "How much test accuracy does each way of learning keep when more and more training labels are wrong? "
+        "Bootstrapping (bootstrap-hard) mixes labels and predictions in fixed parts; in Co-teaching two networks "
+        "show each other the samples that they find easy; D2L leaves the labels for predictions once the network's "
+        "features grow complex; GCE is a loss that pulls less at what is hard to fit; SELC and ELR hold on to earlier "
+        "predictions; bank-self-distillation mixes labels with the mean of a sample's past predictions."
+    ),
     presets={"small": Settings(), "paper": PAPER},
     run_seed=run_seed,
     summarise=summarise,

@@ -102,16 +102,17 @@ def summarise(settings: Settings, seeds: dict[int, dict[str, Any]]) -> Summary:
         "error it saves",
     ]
     paper = ["paper, one draw", "not mentioned", "4", "not told", ""]
-    shape = bool(claims) and all(claim.holds for claim in claims[:2])
-    reading = (
-        "Self-distillation first improves the fit and then flattens it, as the paper's picture shows. "
-        if shape
-        else "That rounds first improve the fit and then spoil it is not shown by these draws. "
-    )
+    verdicts = [claim.holds for claim in claims[:2]]
+    reading = "That rounds first improve the fit and then spoil it is not shown by these draws. "
+    if not verdicts or None in verdicts:
+        reading = "So few seeds cannot say whether rounds first improve the fit and then spoil it. "
+    elif all(verdicts):
+        reading = "Self-distillation first improves the fit and then flattens it, as the paper's picture shows. "
     reading += (
-        "The kernel vanishes at both ends of the line, where labels cannot be reached, which the paper does not "
-        f"mention: no fit comes within the tolerance for up to {100 * unreached['ends']:.0f} % of the draws with "
-        f"points there, and {100 * unreached['inside']:.0f} % with the points inside."
+        "The paper's kernel is 0 at both ends of the line, so its curves start and end there at 0 whatever the labels, "
+        "which the paper does not mention: of its eleven points two lie there, and up to "
+        f"{100 * unreached['ends']:.0f} % of the draws have no curve within the tolerance. With all points inside the "
+        f"line {100 * unreached['inside']:.0f} % have none."
     )
     return Summary(reading, claims, [("Over all draws", headers, [*rows, paper])], lambda: _figure(seeds))
 
@@ -133,7 +134,8 @@ def _claims(seeds: dict[int, dict[str, Any]]) -> list[Claim]:
         above("A second round lowers the error", second, "mean squared error", 1.0),
         above("The last round before the collapse is worse than the best", last, "mean squared error", 1.0),
         Claim(
-            "Every round makes the coefficients sparser (largest over smallest entry of B grows, Theorem 5)", always,
+            "Every round leaves fewer directions of the kernel: the largest over the smallest factor by which it "
+            "keeps one grows (Theorem 5)", always,
             f"smallest growth 10^{min(sparser):.3g}", None, len(sparser),
         ),
     ]  # fmt: skip

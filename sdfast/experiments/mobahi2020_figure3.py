@@ -105,9 +105,20 @@ def summarise(settings: Settings, seeds: dict[int, dict[str, Any]]) -> Summary:
     reading = (
         f"{'. '.join(s[0].upper() + s[1:] for s in sentences)}. In the paper both losses first gain and then lose test "
         "accuracy over ten rounds on CIFAR-10 and CIFAR-100, and training accuracy falls in every round; it prints "
-        "curves and no numbers."
+        f"curves and no numbers.{_agreement(claims)}"
     )
     return Summary(reading, claims, tables, lambda: _figure(settings, runs))
+
+
+def _agreement(claims: list[Claim]) -> str:
+    """For which losses each of the three claims holds, once there are seeds enough to say."""
+    if not claims or any(claim.holds is None for claim in claims):
+        return ""
+    said = []
+    for number, words in enumerate(("a second round helps", "later rounds hurt", "training accuracy falls")):
+        held = [name for name, claim in zip(NAMES.values(), claims[number::3], strict=True) if claim.holds]
+        said.append(f"{words} with {' and with '.join(held)}" if held else f"that {words} is not shown")
+    return f" Here {', '.join(said[:-1])}, and {said[-1]}."
 
 
 def _later_rounds_hurt(name: str, test: list[list[float]]) -> Claim:

@@ -164,6 +164,22 @@ def constants(settings: Settings, inputs: Tensor, centres: Tensor, window: int) 
     }
 
 
+# The constants in words, as the page shows them.
+SHOWN = {
+    "smallest_eigenvalue_of_centres": "smallest eigenvalue of the cluster centres' kernel, λ(C)",
+    "smallest_eigenvalue_of_inputs": "smallest eigenvalue of all points' kernel",
+    "q": "q, from λ(C), the share of flips and the number of clusters",
+    "alpha_falls_at_most": "α may fall in a step by at most",
+    "alpha_fell_by": "here it fell by",
+    "slow_enough": "slow enough",
+    "T1": "T₁, the step until which α must stay high",
+    "alpha_at_T1_at_least": "α at T₁ must be at least",
+    "alpha_at_T1": "here it was",
+    "late_enough": "late enough",
+    "steps_of_the_theorems_schedule": "steps of a schedule that meets both",
+}
+
+
 def summarise(settings: Settings, seeds: dict[int, dict[str, Any]]) -> Summary:
     """Final errors and wrong signs."""
     runs = list(seeds.values())
@@ -215,9 +231,11 @@ def summarise(settings: Settings, seeds: dict[int, dict[str, Any]]) -> Summary:
 
 
 def _constants_table(values: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]:
-    shown = {name: str(value) if isinstance(value, bool) else f"{value:.4g}" for name, value in values.items()}
-    rows = [[name.replace("_", " "), value] for name, value in shown.items()]
-    return "The theorem's constants, first seed", ["", ""], rows
+    yes = {True: "yes", False: "no"}
+    rows = [
+        [words, yes[values[n]] if isinstance(values[n], bool) else f"{values[n]:.4g}"] for n, words in SHOWN.items()
+    ]
+    return "The theorem's conditions on α, first seed", ["", "value"], rows
 
 
 def _figure(settings: Settings, runs: list[dict[str, Any]]) -> Any:

@@ -5,9 +5,16 @@ method in s = 1/c on ψ(s) = ‖√w / (1 + s d)‖⁻¹ = 1. ψ is increasing a
 stays left of it and none overshoots; the quadratic end takes about five steps in all. A round turns w into
 w (d / (c + d))² ≤ w, so its root lies left of the last one: one Newton step from there lands left of the new root.
 
+The zero function fits, and the path ends, where Σ w ≤ 1. Equality happens: on a flat spectrum √(Σ w) falls by exactly 1
+a round. So that rounding does not decide, **after t rounds a column has collapsed when Σ w ≤ 1 + 2⁻⁵⁰ (1 + t)²**. Every
+round adds a rounding of its own size to Σ w, which later ones do not shrink below their share: as √(Σ w) falls by at
+most 1 a round, they are of sizes up to 1, 2, …, t beside the last one's, and their sum of the order t² / 2. What is
+left out at most, a fit whose targets' energy exceeds Kε by less than that, is zero up to the same rounding.
+
 The functions of this file that take an array namespace are the definition. csrc/secular/secular.h finds the same roots
 for the CPU (pybind11) and for CUDA (CuPy compiles the header) in fewer passes over memory: near the root Halley's step
-cubes the error, and the next root is foreseen from the last ones.
+cubes the error, and the next root is foreseen from the last ones. On the CPU csrc/secular/fold.h first folds the many
+eigenvalues of an octave onto 32 nodes, for sixteen columns and rounds or more.
 """
 
 import math
@@ -29,7 +36,6 @@ BACKENDS = ("native", "array")
 _MAX_STEPS = 200  # Newton takes 2 to 20; this ends a loop that NaN would keep alive
 _ENTRIES_PER_THREAD = 20_000
 _LAST_STEP = 1e-9  # a step this small (relative) leaves an error of its square
-_COLLAPSED = 1 + 2.0**-50  # energies up to here are 1 but for rounding: the zero function fits
 
 
 def _load() -> tuple[Any, str | None]:
@@ -69,8 +75,9 @@ def solve_path(eigenvalues: Any, weights: Any, rounds: int, *, backend: str | No
             the first that is there.
 
     Returns:
-        c (fits, columns), where ``inf`` stands from the round at which a column's Σ w ≤ 1 (collapse: the fit is zero),
-        and NaN in the columns that no c solves (Σ of w where d = 0 reaches 1); and each column's count of fits.
+        c (fits, columns), where ``inf`` stands from the round at which a column's Σ w ≤ 1 (collapse: the fit is zero;
+        1 up to rounding, see above), and NaN in the columns that no c solves (Σ of w where d = 0 reaches 1); and each
+        column's count of fits.
 
     Raises:
         ValueError: The backend does not exist.
@@ -88,7 +95,7 @@ def solve_path(eigenvalues: Any, weights: Any, rounds: int, *, backend: str | No
     elif array_api_compat.is_cupy_array(weights):
         c, counts = _solve_on_cuda(scaled, weights, rounds)
     elif _native is not None and array_api_compat.is_numpy_array(weights):
-        c, counts = _native.solve_path(scaled, np.ascontiguousarray(weights.T), rounds, _threads(weights))
+        c, counts, _ = _native.solve_path(scaled, np.ascontiguousarray(weights.T), rounds, _threads(weights))
         c = c.T
     elif backend == "native":
         raise NotImplementedError(f"backend: 'native' is not here: {_reason or 'it takes NumPy and CuPy arrays'}")
@@ -116,8 +123,8 @@ def _solve_with_arrays(d: Any, w: Any, rounds: int) -> tuple[Any, Any]:
     counts = xp.zeros(w.shape[1], dtype=xp.int64, device=array_api_compat.device(w))
     s = None
     found = []
-    for _ in range(rounds):
-        active = solvable & (xp.sum(w, axis=0) > _COLLAPSED)
+    for passed in range(rounds):
+        active = solvable & (xp.sum(w, axis=0) > 1 + 2.0**-50 * (1 + passed) ** 2)
         if not xp.any(active):
             break
         s = _newton(d, w, active, s)

@@ -64,8 +64,8 @@ def eigenspace(
 
     Of ``sdfast.ntk.operator`` H is formed first where that is predicted to cost less; the result says which.
     A small matrix, or a large share of all pairs, is decomposed densely in float64; else a block Krylov space with full
-    re-orthogonalisation is built (`sdfast.ntk.krylov`), first with products in H's own dtype, then, where the tolerance
-    is beyond them, with products summed in float64. The residuals are always computed anew in float64.
+    re-orthogonalisation is built (`sdfast.ntk.krylov`), with products in H's own dtype, or summed in float64 where the
+    tolerance is beyond them, or they have not met it. The residuals are always computed anew in float64.
 
     Args:
         gram: H: a symmetric (n, n) torch tensor, NumPy or CuPy array; or an operator with ``shape``, ``dtype`` and
@@ -130,19 +130,18 @@ def _settings(k: int, points: int, device: torch.device, tolerance: float, produ
 
 
 def _krylov(operand: Operand, asked: krylov.Settings, start: Tensor | None, seed: int, precision: str | None) -> _Found:
-    dtypes = [operand.dtype, torch.float64] if precision is None else [DTYPES[precision]]
+    first = operand.dtype if asked.tolerance >= _REACH[operand.dtype] else torch.float64
+    dtypes = [first, torch.float64] if precision is None else [DTYPES[precision]]
     generator = torch.Generator(operand.device).manual_seed(seed)
     empty = torch.empty((operand.points, 0), dtype=torch.float64, device=operand.device)
     said: list[str] = []
-    finished = False
     for dtype in dict.fromkeys(dtypes):
-        reach = max(asked.tolerance, _REACH[dtype])
-        within = replace(asked, tolerance=reach, trusted=finished)
+        within = replace(asked, tolerance=max(asked.tolerance, _REACH[dtype]))
         outcome = krylov.top_pairs(partial(operand.product, dtype=dtype), start, empty, generator, within)
         name = str(dtype).removeprefix("torch.")
         said.append(f"{outcome.products} products of {outcome.columns} columns in {name}")
         start, finished = outcome.vectors, outcome.finished
-        if reach <= asked.tolerance and outcome.finished:
+        if finished:
             break
     following = None if asked.wanted == operand.points else math.inf  # not known, so no gap is
     if finished and following is not None:

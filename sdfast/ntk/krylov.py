@@ -6,7 +6,6 @@ rank). The basis and all small matrices are float64, whatever the products are c
 the basis and is not multiplied again: it is locked.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -21,6 +20,10 @@ FRESH_BESIDE_START = 3  # of the first such look of a run that was given columns
 FRESH = 8  # random columns of a look for eigenvectors that the block has missed
 DEPTH = 3  # products that each random column takes part in before it counts as having seen the top
 _SEEN = 3.0  # times the tolerance: a residual small enough for what a look has brought up
+_SETTLED = 0.85  # times the tolerance: a start's residual that need not be followed
+_CLOSE = 30.0  # times that: one that few products are likely to mend
+_FLOOR = 0.05  # times the tolerance: a direction of the remainder so small is dropped, and noted
+_ROUNDING = 4e-16  # of the remainder: a direction so small is nothing but rounding
 _NEXT = 30.0  # the pair after the wanted ones is for the gap alone: this many times the tolerance will do
 
 
@@ -34,7 +37,6 @@ class Settings:
         block: Columns of the starting block.
         basis: Columns kept before a restart.
         products: Block products allowed.
-        trusted: The starting columns are known to miss no eigenvector: nothing else is looked for.
     """
 
     wanted: int
@@ -42,7 +44,6 @@ class Settings:
     block: int
     basis: int
     products: int
-    trusted: bool = False
 
 
 @dataclass
@@ -100,6 +101,11 @@ def top_pairs(
         The pairs, converged or not.
     """
     scaled = _Scaled(product)
+    if start is not None:
+        start = start[:, : asked.wanted + asked.block]
+        # A wide start makes wide blocks, of which a few must fit between two restarts.
+        fitting = asked.wanted + 1 + 4 * (start.shape[1] + FRESH)
+        asked = replace(asked, basis=min(len(empty), max(asked.basis, fitting)))
     outcome = _Run(scaled, empty, generator, asked).solve(start)
     return replace(outcome, values=outcome.values * scaled.unit, scale=outcome.scale * scaled.unit)
 
@@ -133,8 +139,10 @@ class _Run:
         self.size = 0
         self.values = np.zeros(0)
         self.rotation = np.zeros((0, 0))
-        self.dropped = 0.0  # norm of what H makes of the start outside of it, where that is too little to follow
-        self.fresh_from: int | None = None  # where in the basis the last look for missed eigenvectors began
+        self.dropped = np.zeros((0, 0))  # of norm ‖dropped y‖: what H makes of the basis times y and nothing followed
+        # Of the last look for missed eigenvectors: the share in it of what the basis times y is, ‖sought y‖² and all of
+        # y beyond those columns.
+        self.sought: np.ndarray | None = None
 
     @property
     def known(self) -> Tensor:
@@ -143,14 +151,13 @@ class _Run:
 
     def solve(self, start: Tensor | None) -> Outcome:
         asked, columns, checked = self.asked, 0, 0
-        start = None if start is None else start[:, : asked.wanted + asked.block]
-        given = 0 if start is None else start.shape[1]
-        fresh = max(asked.block - given, 0) if start is None or asked.trusted else 0
-        block = self.orthonormal(self.random(fresh) if start is None else torch.cat([start, self.random(fresh)], 1))
+        fresh = asked.block if start is None else 0
+        block = self.orthonormal(self.random(fresh) if start is None else start)
         if not block.shape[1]:
             block = self.orthonormal(self.random(asked.block))
         # A block of more random columns than are wanted has a share in every copy of a repeated eigenvalue.
-        seen = asked.trusted or (start is None and fresh > asked.wanted)
+        seen = fresh > asked.wanted
+        on_start = start is not None  # nothing else has been followed yet
         waiting, before = 0, None
         for count in range(1, asked.products + 1):
             remainder = self.extend(block, count == 1 and start is not None)
@@ -158,30 +165,34 @@ class _Run:
             squares = _to_host(remainder.mT @ remainder)
             whole, last = self.size == self.points, count == asked.products
             full = self.room < block.shape[1] + FRESH and self.basis.shape[1] < self.points
-            finished = False
-            if whole or last or full or self.size >= checked + max(1, self.size // 8):
+            finished = settled = first = False
+            if whole or last or full or on_start or self.size >= checked + self.pause:
                 checked = self.size
-                estimates = self.rayleigh_ritz(squares, self.size - block.shape[1])
-                resolved = waiting <= 0 and self.fresh_is_resolved(squares, self.size - block.shape[1])
+                estimates = self.rayleigh_ritz(squares)
+                resolved = waiting <= 0 and self.fresh_is_resolved(estimates)
                 finished = whole or (resolved and self.meets(estimates))
-            first = count == 1 and start is not None and not asked.trusted  # what a start misses is looked for at once
+                settled = on_start and self.meets_alone(estimates)
+                # What a start misses is looked for at once, unless few products will do for the start itself.
+                first = on_start and (settled or full or count > DEPTH or not self.meets_alone(estimates, _CLOSE))
             looking = (first or finished) and not (whole or seen or self.unchanged(before))
             if last or (finished and not looking):
                 return self.outcome(count, columns, finished and not looking)
+            if settled:
+                self.settle(squares, estimates)
+                remainder, squares = remainder[:, :0], squares[:0, :0]
             if looking:
-                before, waiting, self.fresh_from = self.values[: asked.wanted].copy(), DEPTH, self.size
+                before, waiting, on_start = self.values[: asked.wanted].copy(), DEPTH, False
+                self.sought = np.zeros((0, self.size))
             if full:
-                checked, self.fresh_from = 0, None
+                checked = 0
             drawn = (FRESH_BESIDE_START if first else FRESH) if looking else 0
-            if (
-                looking
-                and first
-                and (left := math.sqrt(np.linalg.norm(squares, 2))) <= 0.85 * asked.tolerance * self.scale
-            ):
-                # The start will do as it is.
-                self.dropped, remainder, squares = left, remainder[:, :0], squares[:0, :0]
-            block = self.next_block(remainder, squares, drawn, full)
+            block = self.next_block(remainder, squares, drawn, full and not settled)
         raise ValueError(f"max_iterations: got {asked.products}, wanted at least 1")
+
+    @property
+    def pause(self) -> int:
+        """Columns to the next Rayleigh–Ritz: few while it costs little, then a fixed share."""
+        return min(self.size**2 // 1024, self.size // 8)
 
     @property
     def room(self) -> int:
@@ -201,13 +212,17 @@ class _Run:
         self.projected[first:last, :last] = coefficients.T
         return image.sub_(self.known @ inside)
 
-    def rayleigh_ritz(self, squares: np.ndarray, open_from: int) -> np.ndarray:
-        """Ritz pairs of the basis, and the residual norms of those wanted and the next."""
+    def rayleigh_ritz(self, squares: np.ndarray) -> np.ndarray:
+        """Ritz pairs of the basis, and the residual norms of all of them.
+
+        A residual is what leads out of the basis by the last block, and by what `next_block` and `settle` dropped.
+        """
         small = self.projected[: self.size, : self.size]
         values, vectors = _eigh(small)
         self.values, self.rotation = values[::-1].copy(), vectors[:, ::-1].copy()
-        ends = self.rotation[open_from:, : self.asked.wanted + 1]
-        return np.sqrt(np.maximum(np.einsum("ic,ij,jc->c", ends, squares, ends), 0))
+        ends = self.rotation[self.size - len(squares) :]
+        norms = np.sqrt(np.maximum(np.einsum("ic,ic->c", ends, squares @ ends), 0))
+        return norms + np.linalg.norm(self.dropped @ self.rotation[: self.dropped.shape[1]], axis=0)
 
     @property
     def scale(self) -> float:
@@ -215,29 +230,57 @@ class _Run:
         return float(np.abs(self.values).max(initial=0.0))
 
     def meets(self, estimates: np.ndarray) -> bool:
-        if len(estimates) < min(self.asked.wanted + 1, self.points):
+        wanted = min(self.asked.wanted + 1, self.points)
+        if len(estimates) < wanted:
             return False
-        allowed = np.full(len(estimates), self.asked.tolerance)
+        allowed = np.full(wanted, 0.95 * self.asked.tolerance)
         allowed[self.asked.wanted :] *= _NEXT
-        # next_block drops 0.1 of it
-        return bool((estimates + self.dropped <= 0.9 * allowed * self.scale).all())
+        return bool((estimates[:wanted] <= allowed * self.scale).all())
 
-    def fresh_is_resolved(self, squares: np.ndarray, open_from: int) -> bool:
+    def meets_alone(self, estimates: np.ndarray, times: float = 1.0) -> bool:
+        """Whether the wanted pairs that there are would do, with a share left for what is yet to be followed."""
+        return bool((estimates[: self.asked.wanted] <= _SETTLED * times * self.asked.tolerance * self.scale).all())
+
+    def settle(self, squares: np.ndarray, estimates: np.ndarray) -> None:
+        """Keeps the pairs of the start that will do, and drops what leads out of them: it need not be followed.
+
+        Kept beside them, a direction that is followed no further would hold back every vector that has a share in it.
+        """
+        will_do = estimates <= _SETTLED * self.asked.tolerance * self.scale
+        kept = self.rotation[:, will_do]
+        ends = kept[self.size - len(squares) :]
+        self.keep(kept, self.values[will_do])
+        self.drop(*_eigh(ends.T @ squares @ ends))
+
+    def drop(self, spectrum: np.ndarray, directions: np.ndarray) -> None:
+        """Notes what is left out of H times the last columns of the basis: the eigenpairs of its Gram matrix."""
+        rows = np.zeros((len(spectrum), self.size))
+        rows[:, self.size - len(directions) :] = (directions * np.sqrt(np.maximum(spectrum, 0))).T
+        before = np.pad(self.dropped, ((0, 0), (0, self.size - self.dropped.shape[1])))
+        self.dropped = np.concatenate([before, rows])
+        if len(self.dropped) > self.size:
+            self.dropped = np.linalg.qr(self.dropped)[1]
+
+    def fresh_is_resolved(self, estimates: np.ndarray) -> bool:
         """Whether the largest Ritz pair that lies mostly in what a look has brought up is known well enough.
 
         Its eigenvalue is within its residual norm of its Ritz value: that may not reach the wanted ones, but for the
         tolerance. Before, a copy of one of them might still be on its way up.
         """
-        if self.fresh_from is None:
+        if self.sought is None:
             return True
-        shares = np.square(self.rotation[self.fresh_from :]).sum(0)
+        shares = self.shares(self.sought)
         largest = int(np.argmax(shares >= 0.5))
         if shares[largest] < 0.5:
             return True
-        end = self.rotation[open_from:, largest]
         distance = self.values[min(self.asked.wanted, self.size) - 1] - self.values[largest]
         allowed = max(0.3 * distance, _SEEN * self.asked.tolerance * self.scale)
-        return bool(math.sqrt(max(end @ squares @ end, 0.0)) <= allowed)
+        return bool(estimates[largest] <= allowed)
+
+    def shares(self, sought: np.ndarray) -> np.ndarray:
+        """Of what the last look has brought up in each Ritz vector."""
+        before = sought.shape[1]
+        return np.square(sought @ self.rotation[:before]).sum(0) + np.square(self.rotation[before:]).sum(0)
 
     def unchanged(self, before: np.ndarray | None) -> bool:
         """Whether fresh random columns have brought up no eigenvalue that was missed."""
@@ -248,35 +291,64 @@ class _Run:
 
     def next_block(self, remainder: Tensor, squares: np.ndarray, drawn: int, full: bool) -> Tensor:
         """The remainder's directions that matter, and random columns where asked for or nothing else is left."""
-        spectrum, directions = _eigh(squares)
-        floor = max((0.1 * self.asked.tolerance * self.scale) ** 2, 1e-15 * len(spectrum) * spectrum.max(initial=0.0))
-        kept = spectrum > floor
-        block = remainder @ self.from_host(directions[:, kept] / np.sqrt(spectrum[kept]))
+        block = self.directions(remainder, squares)
         if full:
             self.restart()
-        if drawn or not kept.any():
+        if drawn or not block.shape[1]:
             block = torch.cat([block, self.random(drawn or FRESH)], 1)
         return self.orthonormal(block[:, : self.room])
 
+    def directions(self, remainder: Tensor, squares: np.ndarray) -> Tensor:
+        """Those of the remainder that matter, nearly orthonormal; the others are dropped."""
+        found = remainder[:, :0]
+        floor = (_FLOOR * self.asked.tolerance * self.scale) ** 2
+        noise = _ROUNDING**2 * np.abs(squares).max(initial=0.0)
+        while True:
+            spectrum, turned = _eigh(squares)
+            unclear = 1e-15 * len(spectrum) * spectrum.max(initial=0.0)  # what rounding of the squares hides
+            kept = spectrum > max(floor, noise, unclear)
+            block = remainder @ self.from_host(turned[:, kept] / np.sqrt(spectrum[kept]))
+            found = torch.cat([found, block], 1)
+            if kept.all() or unclear <= max(floor, noise) or not kept.any():
+                self.drop(spectrum[~kept], turned[:, ~kept])
+                return found
+            for _ in range(2):
+                remainder = remainder - found @ (found.mT @ remainder)
+            squares = _to_host(remainder.mT @ remainder)
+
     def restart(self) -> None:
         """Keeps the best Ritz vectors: the remainder of the last block is orthogonal to all and couples them by H."""
-        keep = min(self.asked.wanted + 1 + (self.asked.basis - self.asked.wanted) // 3, self.size)
-        self.basis[:, :keep] = self.known @ self.from_host(self.rotation[:, :keep])
-        self.size = keep
+        count = min(self.asked.wanted + 1 + (self.asked.basis - self.asked.wanted) // 3, self.size)
+        kept = np.arange(self.size) < count
+        if self.sought is not None:  # which may still be on their way up
+            kept[np.flatnonzero(self.shares(self.sought) >= 0.5)[:FRESH]] = True
+        self.keep(self.rotation[:, kept], self.values[kept])
+
+    def keep(self, vectors: np.ndarray, values: np.ndarray) -> None:
+        """Makes these Ritz vectors the basis."""
+        count = len(values)
+        self.dropped = self.dropped @ vectors[: self.dropped.shape[1]]
+        if self.sought is not None:
+            before = self.sought.shape[1]
+            self.sought = np.linalg.qr(np.concatenate([self.sought @ vectors[:before], vectors[before:]]))[1]
+        self.basis[:, :count] = self.known @ self.from_host(vectors)
+        self.size = count
         self.projected[:] = 0
-        np.fill_diagonal(self.projected[:keep, :keep], self.values[:keep])
+        np.fill_diagonal(self.projected[:count, :count], values)
 
     def orthonormal(self, block: Tensor) -> Tensor:
         """Columns orthonormal among themselves and to the basis; what is dependent is dropped."""
         for _ in range(5):
+            before = _to_host(block.norm(dim=0))
             block = block - self.known @ (self.known.mT @ block)
             squares = _to_host(block.mT @ block)
             size = np.sqrt(np.diag(squares))
+            cancelled = bool((size < 0.1 * before).any())  # its digits are lost, and with them what was orthogonal
             size[size == 0] = 1
             spectrum, directions = _eigh(squares / np.outer(size, size))
             kept = spectrum > 1e-13 * len(spectrum)
             block = block @ self.from_host((directions / size[:, None])[:, kept] / np.sqrt(spectrum[kept]))
-            if kept.all() and spectrum.max(initial=1) <= 100 * spectrum.min(initial=1):
+            if not cancelled and kept.all() and spectrum.max(initial=1) <= 100 * spectrum.min(initial=1):
                 break
         return block
 

@@ -11,20 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from sdfast import _files
+from sdfast.train import processes
 from sdfast.train.history import History
 from sdfast.train.settings import data_settings, function_values, functions, number_of_batches, plain, value_at, within
 
 if TYPE_CHECKING:
     from sdfast.train.self_distiller import SelfDistiller
 
-FORMAT = "sdfast training 2"
+FORMAT = "sdfast training 3"
 
 # What a checkpoint file is made of.
 _CONTENTS = {
     "settings": dict, "functions": dict, "history": list, "stopped": bool, "step": int, "parts": dict, "random": dict,
-    "generators": list,
+    "generators": list, "others": list,
 }  # fmt: skip
 
 # All that unpacking a damaged file has been seen to raise.
@@ -34,8 +36,15 @@ _UNREADABLE = (
 )  # fmt: skip
 
 
+# What DistributedDataParallel keeps the same in all processes, but for the model's buffers.
+_SHARED = ("model", "optimizer", "scaler", "scheduler")
+
+
 class Checkpoint:
     """The file of one training: model, optimizer, scheduler, scaler, random states, loader and history.
+
+    Of several processes the first reads and writes it. It holds once what they share, and of each its buffers, random
+    states, loader, method and history: one file, so that whenever a run dies all have the same epochs behind them.
 
     Args:
         path: Of the file; its folder must be there.
@@ -52,14 +61,14 @@ class Checkpoint:
     def __init__(
         self, path: str | os.PathLike, distiller: "SelfDistiller", train: Iterable, epochs: int, options: dict
     ) -> None:
-        _refuse_unsaveable(train)
+        _refuse_unsaveable(distiller, train)
         self.path = Path(path)
-        if not self.path.parent.is_dir():
+        if processes.rank() == 0 and not self.path.parent.is_dir():
             raise ValueError(f"checkpoint: the folder of {self.path} does not exist; make it first")
         self.distiller = distiller
         self.train = train
         self.epochs = epochs
-        self.settings = {**distiller.settings, **options, **data_settings(train)}
+        self.settings = {**distiller.settings, **options, **data_settings(train), "processes": processes.count()}
         self.functions = function_values(distiller, epochs, number_of_batches(train))
 
     def start(self) -> tuple[History, bool, int]:
@@ -74,40 +83,64 @@ class Checkpoint:
         Raises:
             ValueError: The file is no checkpoint, belongs to other settings, or is further than the epochs wanted.
         """
-        if not self.path.exists():
+        state = self._read()
+        if state is None or not all(processes.together(lambda: self._accepts(state))):
             return self._begin()
-        state = read(self.path)
+        return processes.together(lambda: self._restore(state))[processes.rank()]
+
+    def save(self, history: History, stopped: bool, step: int) -> None:
+        """Writes the run as it is now."""
+        state = self._state(history, stopped, step)
+        first = processes.rank() == 0
+        others = processes.gathered(None if first else self._own(state))[1:]
+        processes.together(lambda: self._write({**state, "others": others}) if first else None)
+
+    def _read(self) -> dict[str, Any] | None:
+        """What the file holds for this process, or ``None`` where there is no file."""
+        found: list[Any] = [None] * processes.count()
+
+        def look() -> None:
+            if processes.rank() == 0 and self.path.exists():
+                state = read(self.path)
+                found[:] = [_of_process(state, number) for number in range(processes.count())]
+
+        processes.together(look)
+        return processes.scattered(found)
+
+    def _accepts(self, state: dict[str, Any]) -> bool:
+        """Whether this training goes on from it; `False` where there is nothing in it to lose."""
         try:
-            history = History.from_dicts(state["history"])
+            epochs = len(History.from_dicts(state["history"]))
             differences = self._differences(state)
         except _UNREADABLE as error:
             raise _unreadable(self.path, error) from error
-        if differences and not len(history):
-            return self._begin()
+        if differences and not epochs:
+            return False
         if differences:
             shown = "; ".join(differences[:4]) + (f"; and {len(differences) - 4} more" if len(differences) > 4 else "")
             raise ValueError(
                 f"checkpoint: {self.path} belongs to a training with other settings: {shown}; give it those, or name "
                 "another file"
             )
-        if len(history) > self.epochs:
-            raise ValueError(f"epochs: got {self.epochs}, but the checkpoint {self.path} has {len(history)} behind it")
-        parts = self._parts()
-        if parts.keys() != state["parts"].keys() or len(_generators(self.train)) != len(state["generators"]):
+        if epochs > self.epochs:
+            raise ValueError(f"epochs: got {self.epochs}, but the checkpoint {self.path} has {epochs} behind it")
+        if self._parts().keys() != state["parts"].keys() or len(_generators(self.train)) != len(state["generators"]):
             raise ValueError(f"checkpoint: {self.path} is no readable checkpoint (its parts are not this training's)")
+        return True
+
+    def _restore(self, state: dict[str, Any]) -> tuple[History, bool, int]:
         try:
-            for name, part in parts.items():
+            for name, part in self._parts().items():
                 part.load_state_dict(state["parts"][name])
             _set_random_states(state["random"])
             for generator, saved in zip(_generators(self.train), state["generators"], strict=True):
                 generator.set_state(saved)
         except _UNREADABLE as error:
             raise _unreadable(self.path, error) from error
-        return history, state["stopped"], state["step"]
+        return History.from_dicts(state["history"]), state["stopped"], state["step"]
 
-    def save(self, history: History, stopped: bool, step: int) -> None:
-        """Writes the run as it is now."""
-        state = {
+    def _state(self, history: History, stopped: bool, step: int) -> dict[str, Any]:
+        return {
             "format": FORMAT,
             "settings": self.settings,
             "functions": self.functions,
@@ -118,6 +151,15 @@ class Checkpoint:
             "random": _random_states(self.distiller.device),
             "generators": [generator.get_state() for generator in _generators(self.train)],
         }
+
+    def _own(self, state: dict[str, Any]) -> dict[str, Any]:
+        """What of a process's state only itself has."""
+        buffers = {name for name, _ in self.distiller.model.named_buffers()}
+        parts = {name: part for name, part in state["parts"].items() if name not in _SHARED}
+        own = {name: value for name, value in state["parts"]["model"].items() if name in buffers}
+        return _on_cpu({**state, "parts": parts, "buffers": own})
+
+    def _write(self, state: dict[str, Any]) -> None:
         try:
             _files.write_atomically(self.path, lambda file: torch.save(state, file))
         except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -138,15 +180,21 @@ class Checkpoint:
 
     def _begin(self) -> tuple[History, bool, int]:
         self.save(History(), False, 0)
+        processes.together(self._check_readable)
+        return History(), False, 0
+
+    def _check_readable(self) -> None:
+        """Rather now than after a day of training."""
+        if processes.rank() != 0:
+            return
         try:
-            read(self.path)  # rather now than after a day of training
+            read(self.path)
         except ValueError:
             self.path.unlink()
             raise NotImplementedError(
                 "checkpoint: the state_dict of model, optimizer, scheduler or loader holds what cannot be read back "
                 "safely, wanted tensors, numbers, strings, lists and dictionaries"
             ) from None
-        return History(), False, 0
 
     def _differences(self, state: dict) -> list[str]:
         differences = []
@@ -213,13 +261,32 @@ def _unreadable(path: Path, error: BaseException) -> ValueError:
     return ValueError(f"checkpoint: {path} is no readable checkpoint ({reason}); delete it to start anew")
 
 
-def _refuse_unsaveable(train: Iterable) -> None:
-    if (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    ):
-        raise NotImplementedError("checkpoint: holds the state of one process, and torch.distributed runs several")
+def _of_process(state: dict[str, Any], number: int) -> dict[str, Any]:
+    """The state of one of the processes that a file holds; the first one's where it holds none of that number."""
+    others = state["others"]
+    if not 0 < number <= len(others):
+        return state
+    own = dict(others[number - 1])
+    parts = {**state["parts"], **own.pop("parts")}
+    parts["model"] = {**parts["model"], **own.pop("buffers")}
+    return {**state, **own, "parts": parts}
+
+
+def _on_cpu(value: Any) -> Any:
+    """A copy whose tensors lie where another process can have them."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: _on_cpu(part) for key, part in value.items()}
+    return type(value)(map(_on_cpu, value)) if type(value) in (list, tuple) else value
+
+
+def _refuse_unsaveable(distiller: "SelfDistiller", train: Iterable) -> None:
+    if processes.count() > 1 and not isinstance(distiller.model, nn.parallel.DistributedDataParallel):
+        raise NotImplementedError(
+            f"checkpoint: {processes.count()} processes train models of their own; wanted one between them, as "
+            "DistributedDataParallel"
+        )
     if getattr(train, "persistent_workers", False):
         raise NotImplementedError(
             "checkpoint: persistent workers keep random states that no checkpoint holds; use persistent_workers=False"

@@ -1,6 +1,8 @@
 """The information ratio of the labels, watched while a network trains."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -37,6 +39,21 @@ class ProbeRecord(NamedTuple):
     gain: float
     clean: float | None
     gap: float
+
+
+@contextmanager
+def mode_of_look(model: nn.Module, batch_norm: str) -> Iterator[None]:
+    """The model in evaluation mode, its batch norms in the mode named; afterwards each module as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        for module in model.modules():
+            if batch_norm == "train" and isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.train()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 class InformationProbe:
@@ -139,13 +156,7 @@ class InformationProbe:
         """
         first = next(model.parameters())
         inputs = self.inputs.to(first.device)
-        modes = [(module, module.training) for module in model.modules()]
-        try:
-            model.eval()
-            if self.batch_norm == "train":
-                for module in model.modules():
-                    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                        module.train()
+        with mode_of_look(model, self.batch_norm):
             with torch.no_grad():
                 buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
                 outputs = model(inputs)
@@ -154,9 +165,6 @@ class InformationProbe:
             outputs = outputs.reshape(len(inputs), -1)
             form = ("sum" if outputs.shape[1] == 1 else "trace") if self.outputs is None else self.outputs
             kernel = gram(model, inputs, outputs=form)
-        finally:
-            for module, training in modes:
-                module.training = training
         space = eigenspace(kernel, self.k, start=self.space)
         self.space = space
         record = self._record(space, outputs.double())

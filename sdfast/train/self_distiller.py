@@ -4,7 +4,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,15 +19,14 @@ from sdfast.data.batches import Batches
 from sdfast.nn import SelfDistillationLoss
 from sdfast.ops.self_distillation import AdaptiveAlpha, ClipLabel, GeneralizedCrossEntropy, LossStats, SmallLoss
 from sdfast.ops.self_distillation.reference import batch_accuracy
+from sdfast.train import processes
 from sdfast.train.checkpoint import Checkpoint
 from sdfast.train.history import EpochRecord, History
 from sdfast.train.parts import AMP_DTYPES, amp_name, check_batches, check_method, check_parts
 from sdfast.train.settings import number_of_batches, training_settings
+from sdfast.train.sums import MEANS, EpochSums
 
 __all__ = ["SelfDistiller"]
-
-# Sums over an epoch, kept on the device: rows kept, then each of these times the rows it stands for.
-_SUMS = ("loss", "accuracy", "alpha", "agreement")
 
 
 class SelfDistiller:
@@ -159,7 +158,7 @@ class SelfDistiller:
             epochs: How many, those of the checkpoint included.
             eval: Batches on which the accuracy is measured after each epoch.
             callbacks: Each is called as ``callback(distiller, history)`` after an epoch, before its checkpoint; one
-                that returns ``True`` ends the training.
+                that returns ``True`` ends the training, in all processes.
             checkpoint: A file written before the first epoch and after each. Where it exists the training continues
                 from it, and ends with bitwise the weights of an uninterrupted run on the same machine and thread count,
                 if the batches of an epoch depend on torch's, NumPy's and Python's random states and the epoch alone.
@@ -214,7 +213,7 @@ class SelfDistiller:
                     if not math.isfinite(history.last.loss) and not allow_nan:
                         raise _not_finite(history)
                     votes = [callback(self, history) is True for callback in callbacks]
-                    stopped = any(votes)
+                    stopped = any(self._of_all(any(votes)))
                     if saved is not None:
                         saved.save(history, stopped, step)
                     if stopped:
@@ -254,14 +253,12 @@ class SelfDistiller:
     def _train_epoch(
         self, train: Iterable, epoch: int, step: int, clean_labels: Tensor | None, bar: tqdm
     ) -> tuple[list[float], int]:
-        """One pass over `train`: rows kept, the sums of `_SUMS`, clean (correct, known) rows; and the step reached."""
+        """One pass over `train`: what `EpochSums` adds up, and the step reached."""
         ordered = train if hasattr(train, "set_epoch") else getattr(train, "sampler", None)
         set_epoch = getattr(ordered, "set_epoch", None)
         if set_epoch is not None:
             set_epoch(epoch)
-        wide = torch.float32 if self.device.type == "mps" else torch.float64  # which knows no doubles
-        sums = torch.zeros(len(_SUMS) + 3, dtype=wide, device=self.device)
-        first = step
+        sums, first = EpochSums(self.device), step
         for inputs, labels, indices in self._on_device(train, "train"):
             self.optimizer.zero_grad()
             with self._autocast():
@@ -272,20 +269,19 @@ class SelfDistiller:
             self.scaler.update()
             if self.scheduler is not None and self.scheduler_step == "step":
                 self.scheduler.step()
-            with torch.no_grad():
-                kept = self._kept(labels, logits)
-                means = torch.stack((torch.ones_like(loss), loss, stats.accuracy, stats.alpha, stats.agreement))
-                sums[: len(means)] += means.to(wide) * kept
-                if clean_labels is not None:
+            clean = None
+            if clean_labels is not None:
+                with torch.no_grad():
                     predictions = logits if self.method is None else self.method.predictions(logits)
-                    sums[len(means) :] += torch.stack(self._correct(predictions, _clean_rows(clean_labels, indices)))
+                    clean = self._correct(predictions, _clean_rows(clean_labels, indices))
+            sums.add(self._kept(labels, logits), loss, stats, clean)
             step += 1
             bar.update()
         if step == first:
             raise ValueError("train: gave no batch in an epoch; an iterable that can be used only once is used up")
         if self.scheduler is not None and self.scheduler_step == "epoch":
             self.scheduler.step()
-        return sums.tolist(), step
+        return sums.total(), step
 
     def _loss(
         self, logits: Tensor, labels: Tensor, indices: Tensor | None, epoch: int, step: int
@@ -297,6 +293,11 @@ class SelfDistiller:
             raise TypeError(f"alpha: the function gave None for epoch {epoch}, step {step}, wanted a number")
         return self.loss(logits, labels, alpha=alpha)
 
+    def _of_all(self, vote: bool) -> list[bool]:
+        """That of every process which trains this model: one that went on alone would wait for ever."""
+        shared = isinstance(self.model, nn.parallel.DistributedDataParallel)
+        return processes.together(lambda: vote) if shared else [vote]
+
     def _on_device(self, batches: Iterable, name: str) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         for batch in batches:
             if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
@@ -305,11 +306,16 @@ class SelfDistiller:
                     f"{name}: got a batch that is a {got}, wanted (inputs, labels) or (inputs, labels, indices)"
                 )
             for part, value in zip(("inputs", "labels", "indices"), batch, strict=False):
-                _checks.check_tensor(f"{name}: {part} of a batch", value)
-            inputs, labels, *rest = (part.to(self.device, non_blocking=True) for part in batch)
+                if not isinstance(value, Tensor) or value.layout is not torch.strided:
+                    _checks.check_tensor(f"{name}: {part} of a batch", value)
+            inputs, labels, *rest = (
+                part if part.device == self.device else part.to(self.device, non_blocking=True) for part in batch
+            )
             yield inputs, labels, rest[0] if rest else None
 
     def _autocast(self) -> AbstractContextManager:
+        if self.amp is None and not torch.is_autocast_enabled(self.device.type):
+            return nullcontext()  # which costs nothing
         return torch.autocast(self.device.type, AMP_DTYPES.get(self.amp or ""), enabled=self.amp is not None)
 
     def _correct(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -362,7 +368,7 @@ def _record(
     epoch: int, sums: list[float], clean_known: bool, eval_accuracy: float | None, rate: float, began: float
 ) -> EpochRecord:
     kept, *weighted, clean_correct, clean_kept = sums
-    means = {name: value / kept if kept else math.nan for name, value in zip(_SUMS, weighted, strict=True)}
+    means = {name: value / kept if kept else math.nan for name, value in zip(MEANS, weighted, strict=True)}
     clean = clean_correct / clean_kept if clean_known and clean_kept else None
     return EpochRecord(
         epoch=epoch + 1,

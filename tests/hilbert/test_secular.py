@@ -139,12 +139,106 @@ def test_long_paths_are_those_of_the_definition():
         np.append(np.zeros(9), rng.uniform(0.1, 1, 40)),
     ):
         w = rng.normal(size=(len(spectrum), 5)) ** 2
-        w *= np.array([3.0, 40, 410, 1e3, 2e4]) / w.sum(0)  # no squares: where all values are equal these end in a tie
+        w *= np.array([3.0, 40, 400, 1e3, 2e4]) / w.sum(0)
         w *= np.where(spectrum > 0, 1, 1e-5)[:, None]
         wanted, fits = secular.solve_path(spectrum, w, 150, backend="array")
         got, native_fits = secular.solve_path(spectrum, w, 150, backend="native")
         np.testing.assert_array_equal(native_fits, fits)
         np.testing.assert_allclose(got, wanted, rtol=1e-10)
+
+
+def test_ties_collapse(backend):
+    """On a flat spectrum √(Σ w) falls by 1 a round, from r₀ to exactly 1: r₀ − 1 fits, however rounding falls."""
+    rng = np.random.default_rng()
+    for r0 in (2, 3, *rng.integers(4, 150, 12)):
+        for points, columns in ((1, 1), (7, 3), (200, 16)):  # the last are many enough to be folded
+            w = rng.normal(size=(points, columns)) ** 2
+            w *= r0**2 / w.sum(0)
+            c, fits = secular.solve_path(np.full(points, 10 ** rng.uniform(-3, 3)), w, 1000, backend=backend)
+            assert (fits == r0 - 1).all(), (r0, points, fits)
+            assert c.shape == (r0 - 1, columns)
+
+
+def test_a_first_energy_just_above_the_threshold_is_fitted(backend):
+    """What rounds may add to the energy is no excuse before the first."""
+    d = np.array([1.0, 0.5, 0.25, 0.125])
+    for excess, wanted in ((0.0, 0), (2.0**-50, 0), (2.0**-48, 1), (1e-9, 1)):
+        c, fits = secular.solve_path(d, np.full((4, 1), (1 + excess) / 4), 9, backend=backend)
+        assert list(fits) == [wanted]
+        assert len(c) == wanted
+
+
+def exact_by_newton(d, w, c):
+    """c of each round in 40 digits, from approximate ones, and what rounding does to each: accumulated condition."""
+    with mpmath.workdps(40):
+        d, w = [mpmath.mpf(float(x)) for x in d], [mpmath.mpf(float(x)) for x in w]
+        accumulated = mpmath.mpf(0)
+        for start in c:
+            s = 1 / mpmath.mpf(float(start))
+            for _ in range(3):
+                t = [1 / (1 + s * e) for e in d]
+                value = sum(x * y**2 for x, y in zip(w, t, strict=True))
+                slope = sum(x * y**3 * e for x, y, e in zip(w, t, d, strict=True))
+                step = value * (mpmath.sqrt(value) - 1) / slope
+                s += step
+            assert abs(step) < s * mpmath.mpf(10) ** -35
+            accumulated += 1 / (2 * s * slope)
+            yield 1 / s, float(accumulated)
+            w = [x * (s * e / (1 + s * e)) ** 2 for x, e in zip(w, d, strict=True)]
+
+
+@pytest.mark.parametrize("spectrum", ["one octave", "six octaves", "decay"])
+def test_folded_columns_against_40_digits(spectrum):
+    """Many eigenvalues in few octaves, columns and rounds enough: the native solver works on 32 nodes an octave."""
+    if secular.why_not_native():
+        pytest.skip(secular.why_not_native())
+    rng = np.random.default_rng()
+    d = {
+        "one octave": 2 ** rng.uniform(0, 1, 200),
+        "six octaves": 2 ** rng.uniform(0, 6, 800),
+        "decay": np.arange(1, 801) ** -2.0,
+    }[spectrum]
+    d = np.sort(d) / d.max()
+    points = len(d)
+    w = rng.normal(size=(points, 16)) ** 2
+    w *= 10 ** rng.uniform(2.5, 6.7, 16) / w.sum(0)
+    folded = secular._native.solve_path(d, np.ascontiguousarray(w.T), 16, 1)[2]
+    assert folded > 0
+    c, fits = secular.solve_path(d, w, 16, backend="native")
+    assert (fits == 16).all()
+    for column in (0, 15):
+        for t, (exact, accumulated) in enumerate(exact_by_newton(d, w[:, column], c[:, column])):
+            error = abs(float((mpmath.mpf(float(c[t, column])) - exact) / exact))
+            assert error < 4e-15 * (4 + accumulated), (t, error, accumulated)
+
+
+def test_folded_columns_are_those_of_the_definition():
+    """To the collapse, with spectra that fold well, badly (all at an octave's end, where rounding grows) and not."""
+    if secular.why_not_native():
+        pytest.skip(secular.why_not_native())
+    rng = np.random.default_rng()
+    energies = (np.geomspace(3, 100, 20).round() + 0.5) ** 2  # far from ties, where c is all rounding
+    folded = {}
+    for name, spectrum in {
+        "decay": np.sort(np.arange(1, 1001) ** -1.5),
+        "wide": np.sort(10 ** -rng.uniform(0, 2, 500)),
+        "in no order": 10 ** -rng.uniform(0, 2, 500),
+        "zeros": np.append(np.zeros(20), np.sort(rng.uniform(0.1, 1, 300))),
+        "an octave's start": np.append(0.5 * (1 + 0.2 * np.sort(rng.uniform(size=300)) ** 9), 1.0),
+        "one spot": np.sort(1 + 1e-4 * rng.uniform(size=300)),
+        "no octave of many": 2.0 ** -np.arange(200),
+    }.items():
+        w = rng.normal(size=(len(spectrum), 20)) ** 2
+        w *= energies / w.sum(0)
+        w *= np.where(spectrum > 0, 1, 1e-6)[:, None]
+        folded[name] = secular._native.solve_path(spectrum / spectrum.max(), np.ascontiguousarray(w.T), 150, 1)[2]
+        wanted, fits = secular.solve_path(spectrum, w, 150, backend="array")
+        got, native_fits = secular.solve_path(spectrum, w, 150, backend="native")
+        np.testing.assert_array_equal(native_fits, fits)
+        np.testing.assert_allclose(got, wanted, rtol=1e-10)
+    assert folded["decay"] > 0
+    assert folded["an octave's start"] < (energies > 17**2).sum()  # the others were solved point by point after all
+    assert folded["in no order"] == folded["one spot"] == folded["no octave of many"] == 0
 
 
 def test_spectra_beyond_what_two_roots_multiply_to(backend):

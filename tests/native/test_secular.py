@@ -47,7 +47,16 @@ def test_cpu_against_the_definition(points, threads, monkeypatch):
 def test_results_do_not_depend_on_the_threads(monkeypatch):
     if secular.why_not_native():
         pytest.skip(secular.why_not_native())
-    d, w = problem(np.random.default_rng(), 500, 7)
+    rng = np.random.default_rng()
+    spectrum, plain = problem(rng, 500, 7, decades=1)
+    folded = rng.normal(size=(500, 20)) ** 2
+    folded *= 400 / folded.sum(0)
+    assert secular._native.solve_path(spectrum / spectrum[-1], np.ascontiguousarray(folded.T), 40, 1)[2] > 0
+    for w in (plain, folded):
+        check_threads(spectrum, w, monkeypatch)
+
+
+def check_threads(d, w, monkeypatch):
     results = []
     monkeypatch.setattr(secular, "_ENTRIES_PER_THREAD", 1)
     for threads in ("1", "2", "7"):
@@ -104,6 +113,19 @@ def test_cuda_kernel_on_the_cpu(emulated, threads):
         emulated.run(pointers[0], pointers[1], *sizes, pointers[2], pointers[3], ctypes.c_int(threads))
         np.testing.assert_array_equal(fits, wanted_fits)
         np.testing.assert_allclose(c.T[: len(wanted)], wanted, rtol=1e-9)
+
+
+def test_ties_collapse_in_the_cuda_kernel(emulated):
+    """√(Σ w) from r₀ down by 1 a round, to exactly 1."""
+    rng = np.random.default_rng()
+    for r0 in (2, 3, 7, 12, 29):
+        d, w = np.ones(6), rng.normal(size=(3, 6)) ** 2
+        w *= r0**2 / w.sum(1, keepdims=True)
+        c, fits = np.full((3, 40), np.inf), np.full(3, -1, dtype=np.int64)
+        pointers = [ctypes.c_void_p(array.ctypes.data) for array in (d, w, c, fits)]
+        sizes = [ctypes.c_longlong(size) for size in (6, 3, 40)]
+        emulated.run(pointers[0], pointers[1], *sizes, pointers[2], pointers[3], ctypes.c_int(4))
+        assert (fits == r0 - 1).all(), (r0, fits)
 
 
 def test_the_header_is_one_and_includes_nothing():

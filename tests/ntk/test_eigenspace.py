@@ -185,9 +185,14 @@ def test_top_five_of_float32_grams(monkeypatch):
 def test_a_residual_below_float32_is_reached_with_products_in_float64(monkeypatch):
     monkeypatch.setattr(operands.Matrix, "dense_is_cheaper", lambda self, k: False)
     matrix = rotated(1.0 / i).astype(np.float32)
-    space = eigenspace((matrix + matrix.T) / 2, 5, tolerance=1e-11)
-    assert "float32, then" in space.method
-    assert_right(space, ((matrix + matrix.T) / 2).astype(np.float64), 5, 1e-11)
+    for tolerance in (1e-7, 1e-11):
+        space = eigenspace((matrix + matrix.T) / 2, 5, tolerance=tolerance)
+        assert "in float64" in space.method
+        assert "float32" not in space.method
+        assert_right(space, ((matrix + matrix.T) / 2).astype(np.float64), 5, tolerance)
+    with pytest.warns(UserWarning, match="5 pairs have not converged.*max_iterations came first"):
+        space = eigenspace((matrix + matrix.T) / 2, 5, max_iterations=4)  # too few of the first, so the second goes on
+    assert "4 products of 32 columns in float32, then 4 products of" in space.method
     coarse = eigenspace(rotated(1.0 / i), 5, tolerance=1e-5, precision="float32")
     assert "float32" in coarse.method
     assert "float64" not in coarse.method

@@ -74,6 +74,28 @@ def test_a_converged_pair_is_one_of_the_largest(k, dtype):
                 np.testing.assert_allclose(space.values, values[::-1][:k], rtol=0, atol=2 * tolerance * scale)
 
 
+def test_a_vector_that_a_wide_start_lacks_is_found_across_restarts():
+    """The start is all of the largest but one, nearly exact: its blocks are as wide, and the basis is soon full."""
+    generator = np.random.default_rng(torch.randint(2**31, ()).item())
+    matrix = symmetric(generator.normal(size=400), generator)
+    values, vectors = np.linalg.eigh(matrix)
+    kept = np.delete(np.arange(355, 400), generator.integers(5, 9))  # the last wanted ones: their like is near
+    start = vectors[:, kept] + 10 ** generator.uniform(-12, -9) * generator.normal(size=(400, 44))
+    space = eigenspace(matrix, 40, start=start, strict=True)
+    np.testing.assert_allclose(space.values, values[::-1][:40], rtol=0, atol=2e-10 * np.abs(values).max())
+
+
+def test_many_dropped_directions_do_not_spoil_a_residual():
+    """Three levels, seen from the lowest: many directions of a remainder vanish at once, to different sizes."""
+    generator = np.random.default_rng(torch.randint(2**31, ()).item())
+    matrix = symmetric(generator.choice([1.0, 0.7, 0.3], 130), generator)
+    low = np.linalg.eigh(matrix)[1][:, :12]
+    start = low + 10 ** generator.uniform(-9, -7) * generator.normal(size=low.shape)
+    space = eigenspace(matrix, 12, start=start, strict=True)
+    true = np.linalg.norm(matrix @ space.vectors - space.vectors * space.values, axis=0)
+    assert true.max() <= 1e-10 * (1 + 1e-6)
+
+
 @pytest.mark.parametrize("k", [54, 199])
 def test_a_run_that_is_cut_short_returns_all_it_was_asked_for_and_trusts_nothing(k):
     matrix = symmetric(1.0 / np.arange(1, 201), np.random.default_rng(0))
