@@ -216,13 +216,22 @@ class _Run:
         """Ritz pairs of the basis, and the residual norms of all of them.
 
         A residual is what leads out of the basis by the last block, and by what `next_block` and `settle` dropped.
+        Wanted pairs of one eigenvalue, but for the tolerance, all have that of their worst mixture: rounding decides
+        how the last Rayleigh–Ritz turns them among themselves.
         """
         small = self.projected[: self.size, : self.size]
         values, vectors = _eigh(small)
         self.values, self.rotation = values[::-1].copy(), vectors[:, ::-1].copy()
         ends = self.rotation[self.size - len(squares) :]
-        norms = np.sqrt(np.maximum(np.einsum("ic,ic->c", ends, squares @ ends), 0))
-        return norms + np.linalg.norm(self.dropped @ self.rotation[: self.dropped.shape[1]], axis=0)
+        dropped = self.dropped @ self.rotation[: self.dropped.shape[1]]
+        norms = np.sqrt(np.maximum(np.einsum("ic,ic->c", ends, squares @ ends), 0)) + np.linalg.norm(dropped, axis=0)
+        steps = -np.diff(self.values[: self.asked.wanted])
+        apart = np.flatnonzero(steps > self.asked.tolerance * self.scale) + 1
+        for alike in np.split(np.arange(len(steps) + 1), apart):
+            if len(alike) > 1:
+                worst = np.linalg.norm(ends[:, alike].T @ squares @ ends[:, alike], 2) ** 0.5
+                norms[alike] = worst + np.linalg.norm(dropped[:, alike], 2)
+        return norms
 
     @property
     def scale(self) -> float:
