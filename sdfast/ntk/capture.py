@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.func import vjp, vmap
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
+from sdfast.ntk.arguments import Form, flatten, replaced, tensors_of, unflatten
 from sdfast.ntk.layers import COMPOSITES, GENERIC, Rule
 from sdfast.ntk.layers.generic import quietly_vmapped
 from sdfast.ntk.layers.rule import Call, changes_first_argument
@@ -57,7 +57,7 @@ class Virtual:
     value: Tensor
     function: Callable
     flat: list[Any]
-    spec: TreeSpec
+    spec: Form
     tracked: dict[int, Origin]
     output: int
 
@@ -69,8 +69,8 @@ class Virtual:
             flat = list(self.flat)
             for place, source in zip(places, sources, strict=True):
                 flat[place] = source
-            arguments, options = tree_unflatten(flat, self.spec)
-            return _tensors(self.function(*arguments, **options))[self.output]
+            arguments, options = unflatten(flat, self.spec)
+            return tensors_of(self.function(*arguments, **options))[self.output]
 
         with torch.enable_grad(), quietly_vmapped():
             pull = vjp(compute, *(self.flat[place] for place in places))[1]
@@ -89,7 +89,7 @@ class Seen:
     function: Callable
     name: str
     flat: list[Any]
-    spec: TreeSpec
+    spec: Form
     tracked: dict[int, Origin]
 
 
@@ -124,7 +124,7 @@ class ParameterMode(TorchFunctionMode):
         if func in COMPOSITES:
             with self:
                 return COMPOSITES[func](*args, **kwargs)
-        flat, spec = tree_flatten((args, kwargs))
+        flat, spec = flatten(args, kwargs)
         tracked = {
             place: self.known[id(leaf)]
             for place, leaf in enumerate(flat)
@@ -132,18 +132,18 @@ class ParameterMode(TorchFunctionMode):
         }
         if self.values:
             flat = [self.values.get(id(leaf), leaf) if isinstance(leaf, Tensor) else leaf for leaf in flat]
-            args, kwargs = tree_unflatten(flat, spec)
+            args, kwargs = unflatten(flat, spec)
         if func in (functional.batch_norm, torch.batch_norm) and _trains(func, args, kwargs):
             self.batch_norm_trains = True
             if self.frozen_batch_norm:
                 func, (args, kwargs) = functional.batch_norm, _with_constants(func, args, kwargs)
-                flat, spec = tree_flatten((args, kwargs))
+                flat, spec = flatten(args, kwargs)
         seen = Seen(func, getattr(func, "__name__", str(func)), flat, spec, tracked)
         before = self.before(seen)
         versions = [_version(leaf) for leaf in flat]
         result = func(*args, **kwargs)
         self.ran(seen, result)
-        tensors = _tensors(result)
+        tensors = tensors_of(result)
         given_back = all(
             any(tensor is leaf and _version(leaf) == version for leaf, version in zip(flat, versions, strict=True))
             for tensor in tensors
@@ -242,11 +242,8 @@ class Capture(ParameterMode):
         call = Call(
             seen.function, seen.name, before, seen.spec, tuple(seen.tracked), step.inputs, step.outputs, self.samples
         )
-        tapped = {
-            id(tensor): self._tap(call, step, seen.tracked, output, tensor) for output, tensor in enumerate(tensors)
-        }
-        leaves, spec = tree_flatten(result)
-        return tree_unflatten([tapped.get(id(leaf), leaf) for leaf in leaves], spec)
+        places = {id(tensor): output for output, tensor in enumerate(tensors)}
+        return replaced(result, lambda tensor: self._tap(call, step, seen.tracked, places[id(tensor)], tensor))
 
     def _tap(self, call: Call, step: Step, tracked: dict[int, Origin], output: int, tensor: Tensor) -> Tensor:
         if call.outputs[output] is None or not tensor.requires_grad:
@@ -333,13 +330,6 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         ctx.receive(gradients[0])
         return gradients[0], ctx.zero, None
-
-
-def _tensors(result: Any) -> list[Tensor]:
-    """The tensors among what a function gave."""
-    return (
-        [result] if isinstance(result, Tensor) else [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-    )
 
 
 def _refuse(func: Any, kwargs: Mapping[str, Any]) -> None:

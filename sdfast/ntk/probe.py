@@ -9,7 +9,7 @@ differs, used in a scripted module for instance, is differentiated one sample at
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,14 +115,14 @@ def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mappin
         findings.looped = dict.fromkeys(parameters, mismatch)
     else:
         findings.steps = resolved(records)
+    plain = outputs.columns(feeding.call(model, _copies(three)), 3)
     for guarded in (values,) if findings.batch_norm_trains else (values, None):
         try:
-            _guard(model, three, outputs, parameters, findings, guarded, generator)
+            _guard(model, three, outputs, parameters, findings, guarded, plain, generator)
         except PathChangedError as error:
             findings.looped |= dict.fromkeys(parameters, f"the model takes another path on some samples: {error}")
-            _guard(model, three, outputs, parameters, findings, guarded, generator)
-    plain = outputs.columns(feeding.call(model, _copies(three)), 3).detach()
-    findings.answers = dict(zip(picked, plain, strict=True))
+            _guard(model, three, outputs, parameters, findings, guarded, plain, generator)
+    findings.answers = dict(zip(picked, plain.detach(), strict=True))
     if findings.looped and not findings.batch_norm_trains:
         others = _perturbed(_perturbed(three, 1, inputs, generator), 2, inputs, generator)
         looped = {name: parameters[name] for name in findings.looped}
@@ -170,8 +170,9 @@ class _Trial(Capture):
                 flops = rule.operations(call, gradient) if place == weight else 2 * gradient.numel()
                 self.work[name] = self.work.get(name, 0) + flops // self.samples
                 direct = place == weight and isinstance(origin, str)
-                factors = rule.factors(call, gradient) if direct else None
-                self.uses.setdefault(name, []).append((rule.name, None if factors is None else _sizes(*factors)))
+                self.uses.setdefault(name, []).append(
+                    (rule.name, rule.factor_sizes(call, gradient) if direct else None)
+                )
 
     def after(self, seen: Seen, before: Any, result: Any, tensors: list[Tensor]) -> Any:
         if seen.tracked and self.position <= len(self.steps):
@@ -202,34 +203,31 @@ def _guard(
     parameters: Mapping[str, Tensor],
     findings: Findings,
     values: Mapping[str, Tensor] | None,
+    plain: Tensor,
     generator: torch.Generator,
 ) -> None:
-    """Guard (b): captured gradients against autograd's, with the jittered values or with the model as it is."""
+    """Guard (b): captured gradients against autograd's, with the jittered values or with the model as it is.
+
+    `plain` are the outputs of the model as it is, with their graph.
+    """
     captured = {
         name: value for name, value in parameters.items() if name not in findings.looped and name not in findings.unused
     }
-    if values is None:
-        plain = outputs.columns(feeding.call(model, _copies(three)), 3)
     mode = _mode(captured, findings, values, parameters)
     with mode:
         output = feeding.call(model, _copies(three))
     columns = outputs.columns(output, 3)
     weights = torch.randn(columns.shape, generator=generator, dtype=torch.float64, device="cpu").to(columns)
     rows = mode.gradients((columns * weights).sum(), True) if isinstance(mode, Capture) else {}
-    if values is not None:
-        _find_unused(columns, parameters, values, findings)
-        samples, scalars = [0, 1, 2], (columns * weights).sum(1)
-        sources = {name: values[name] for name in captured}
+    if values is None:
+        _compare(_exact((plain * weights).sum(1)[1], captured), rows, 1, findings)
     else:
-        samples, scalars = [1], (plain * weights).sum(1)
-        sources = captured
-    for sample in samples if sources else []:
-        exact = torch.autograd.grad(
-            scalars[sample], list(sources.values()), retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        _compare(
-            {name: gradient.detach() for name, gradient in zip(sources, exact, strict=True)}, rows, sample, findings
-        )
+        scalars = (columns * weights).sum(1)
+        jittered = {name: values[name] for name in captured}
+        exact = _find_unused(scalars[0], parameters, values, findings)
+        _compare({name: exact[name] for name in captured}, rows, 0, findings)
+        for sample in (1, 2):
+            _compare(_exact(scalars[sample], jittered), rows, sample, findings)
     if isinstance(mode, _Trial):
         findings.work = mode.work
         for name, uses in mode.uses.items():
@@ -256,34 +254,60 @@ def _mode(
 
 
 def _find_unused(
-    columns: Tensor, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor], findings: Findings
-) -> None:
-    """Parameters that reach no output, and those that reach it unseen: not by their jittered values."""
-    sources = [*parameters.values(), *values.values()]
-    reached = torch.autograd.grad(columns.sum(), sources, retain_graph=True, allow_unused=True)
-    for name, own, jittered in zip(parameters, reached, reached[len(parameters) :], strict=False):
+    scalar: Tensor, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor], findings: Findings
+) -> dict[str, Tensor]:
+    """Parameters that reach no output, and those that reach it unseen: not by their jittered values.
+
+    Gives the gradients by the jittered values. What reaches one sample's output reaches all, in one graph.
+    """
+    reached = torch.autograd.grad(
+        scalar, [*parameters.values(), *values.values()], retain_graph=True, allow_unused=True
+    )
+    by_values = reached[len(parameters) :]
+    for name, own, jittered in zip(parameters, reached, by_values, strict=False):
         if own is None and jittered is None:
             findings.unused.append(name)
             findings.looped.pop(name, None)
         elif own is not None and name not in findings.looped:
             findings.looped[name] = UNSEEN
+    return _materialised(values, by_values)
+
+
+def _exact(scalar: Tensor, sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """By autograd alone."""
+    if not sources:
+        return {}
+    return _materialised(
+        sources, torch.autograd.grad(scalar, list(sources.values()), retain_graph=True, allow_unused=True)
+    )
+
+
+def _materialised(sources: Mapping[str, Tensor], gradients: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    return {
+        name: torch.zeros_like(source) if gradient is None else gradient.detach()
+        for (name, source), gradient in zip(sources.items(), gradients, strict=True)
+    }
 
 
 def _compare(exact: Mapping[str, Tensor], rows: Mapping[str, Tensor], sample: int, findings: Findings) -> None:
     """Parameters whose captured gradient differs are looped."""
-    total = math.sqrt(sum(float(torch.nan_to_num(g, 0, 0, 0).double().square().sum()) for g in exact.values()))
-    for name, gradient in exact.items():
-        gradient = gradient.to_dense() if gradient.is_sparse else gradient
+    dense = {name: gradient.to_dense() if gradient.is_sparse else gradient for name, gradient in exact.items()}
+    norms = {name: _norm(gradient) for name, gradient in dense.items()}
+    total = math.hypot(*norms.values())
+    for name, gradient in dense.items():
         double = gradient.dtype == torch.float64
         captured = rows[name][sample] if name in rows else torch.zeros_like(gradient)
-        error = torch.linalg.vector_norm(torch.nan_to_num(captured - gradient, 0, 0, 0).double())
-        own = torch.linalg.vector_norm(torch.nan_to_num(gradient, 0, 0, 0).double())
-        allowed = (1e-9 if double else 1e-3) * own + (1e-11 if double else 1e-5) * total
-        same = torch.equal(captured.isfinite(), gradient.isfinite())
-        if error > allowed or not same:
+        allowed = (1e-9 if double else 1e-3) * norms[name] + (1e-11 if double else 1e-5) * total
+        if _norm(captured - gradient) > allowed or not torch.equal(captured.isfinite(), gradient.isfinite()):
             findings.looped.setdefault(
                 name, UNSEEN if name not in rows else "its captured gradient differs from autograd's"
             )
+
+
+def _norm(gradient: Tensor) -> float:
+    """In float64, of the finite entries."""
+    norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
+    return norm if math.isfinite(norm) else float(torch.nan_to_num(gradient, 0, 0, 0).double().norm())
 
 
 def _jittered(value: Tensor, generator: torch.Generator) -> Tensor:
@@ -332,10 +356,6 @@ def _another_row(row: Tensor, data: Tensor, generator: torch.Generator) -> Tenso
     if not len(differing):
         return row
     return data[differing[int(torch.randint(len(differing), (), generator=generator, device="cpu"))]]
-
-
-def _sizes(a: Tensor, b: Tensor) -> tuple[int, int, int]:
-    return b.shape[1], a.shape[2] if a.dim() == 3 else 0, b.shape[2]
 
 
 def _first_line(error: Exception) -> str:

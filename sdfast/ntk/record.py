@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from sdfast.ntk.arguments import tensors_of
 from sdfast.ntk.capture import ParameterMode, Seen, Step
 from sdfast.ntk.layers import Call, rule_for
 from sdfast.ntk.layers.rule import changes_first_argument
@@ -81,8 +81,7 @@ class Record(ParameterMode):
         if seen.name.strip("_").startswith(WRITING):
             arguments = arguments[:1]
         if _selects(seen, arguments) or any(id(leaf) in self.selected for leaf in arguments):
-            tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-            self.selected |= {id(leaf): leaf for leaf in tensors}
+            self.selected |= {id(leaf): leaf for leaf in tensors_of(result)}
 
     def given_back(self, seen: Seen, result: Any, tensors: list[Tensor]) -> Any:
         """Notes that there was a call."""

@@ -63,14 +63,20 @@ def differs(tensor: Tensor, other: Tensor) -> Tensor:
 
 def choose(candidates: Sequence[SampleAxis], base: Tensor, perturbed: Sequence[Tensor]) -> list[SampleAxis]:
     """The candidates, both orders of each, that agree with what changed when one sample was perturbed."""
-    changed = [differs(base, other) for other in perturbed]
-    fitting = []
-    for candidate in candidates:
-        other_axes = [axis for axis in range(base.dim()) if axis != candidate.axis]
-        along = [part.any(other_axes) if other_axes else part for part in changed]  # per sample: (3·T,)
-        for samples_first in (True, False) if candidate.positions > 1 else (True,):
-            axis = candidate._replace(samples_first=samples_first)
-            owned = [SampleAxis(0, axis.positions, samples_first).split(part, 3) for part in along]  # (3, T) each
-            if all(not part[other].any() for sample, part in enumerate(owned) for other in range(3) if other != sample):
-                fitting.append(axis)
-    return fitting
+    return [
+        candidate._replace(samples_first=samples_first)
+        for candidate in candidates
+        for samples_first in ((True, False) if candidate.positions > 1 else (True,))
+        if _others_stay(candidate._replace(samples_first=samples_first), base, perturbed)
+    ]
+
+
+def _others_stay(axis: SampleAxis, base: Tensor, perturbed: Sequence[Tensor]) -> bool:
+    """Whether with every perturbed sample the rows of the others are the same, to the bit or but by rounding."""
+    before = axis.split(base, 3)
+    unequal = []
+    for sample, tensor in enumerate(perturbed):
+        after = axis.split(tensor, 3)
+        unequal += [(sample, other) for other in {0, 1, 2} - {sample} if not torch.equal(before[other], after[other])]
+    changed = {sample: axis.split(differs(base, perturbed[sample]), 3) for sample, _ in unequal}
+    return not any(changed[sample][other].any() for sample, other in unequal)

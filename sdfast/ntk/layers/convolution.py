@@ -114,6 +114,15 @@ class ConvolutionRule(_AnyConvolution):
             "groups": groups,
         }
 
+    def factor_sizes(self, call: Call, gradient: Tensor) -> tuple[int, int, int] | None:
+        """Without the unfolded input."""
+        given = self.bound(call)
+        if given["groups"] != 1:
+            return None
+        channels = gradient.shape[1]
+        patch = call.flat[given["weight"].place][0].numel()
+        return gradient.numel() // (call.samples * channels), patch, channels
+
     def factors(self, call: Call, gradient: Tensor) -> tuple[Tensor, Tensor] | None:
         given = self.bound(call)
         if given["groups"] != 1:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import vjp, vmap
-from torch.utils._pytree import tree_leaves, tree_unflatten
 
+from sdfast.ntk.arguments import tensors_of, unflatten
 from sdfast.ntk.layers.rule import Call, Rule
 
 # What functorch raises where an operation cannot be vmapped.
@@ -89,10 +89,10 @@ def quietly_vmapped() -> Iterator[None]:
 def _run(call: Call, output: int, values: dict[int, Any]) -> Tensor:
     """One of the results of the call with other values in some places."""
     flat = [values.get(place, leaf) for place, leaf in enumerate(call.flat)]
-    arguments, options = tree_unflatten(flat, call.spec)
+    arguments, options = unflatten(flat, call.spec)
     if call.works_in_place:
         arguments = (arguments[0].clone(), *arguments[1:])
-    return [leaf for leaf in tree_leaves(call.function(*arguments, **options)) if isinstance(leaf, Tensor)][output]
+    return tensors_of(call.function(*arguments, **options))[output]
 
 
 def _only_sample(call: Call, gradient: Tensor, output: int, which: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_unflatten
 
+from sdfast.ntk.arguments import Form, unflatten
 from sdfast.ntk.sample_rows import SampleAxis
 
 
@@ -42,7 +42,7 @@ class Call:
         function: Callable,
         name: str,
         flat: list[Any],
-        spec: TreeSpec,
+        spec: Form,
         tracked: tuple[int, ...],
         inputs: Mapping[int, SampleAxis],
         outputs: Sequence[SampleAxis | None],
@@ -55,7 +55,7 @@ class Call:
     def slots(self) -> tuple[tuple, dict]:
         """The arguments as the caller gave them, each tensor replaced by its `Slot`."""
         flat = [Slot(place) if isinstance(leaf, Tensor) else leaf for place, leaf in enumerate(self.flat)]
-        return tree_unflatten(flat, self.spec)
+        return unflatten(flat, self.spec)
 
     def split(self, place: int) -> Tensor:
         """An input as (samples, *shape of one sample)."""
@@ -110,6 +110,14 @@ class Rule:
             B (samples, T, p); ``None`` if the gradient has no such form.
         """
         return None
+
+    def factor_sizes(self, call: Call, gradient: Tensor) -> tuple[int, int, int] | None:
+        """(T, d, p) of `factors`, d = 0 where A holds integers; ``None`` where the gradient has no such form."""
+        factors = self.factors(call, gradient)
+        if factors is None:
+            return None
+        a, b = factors
+        return b.shape[1], a.shape[2] if a.dim() == 3 else 0, b.shape[2]
 
     def weight(self, call: Call) -> int | None:
         """The place of the parameter that `factors` is about."""
