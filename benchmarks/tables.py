@@ -156,8 +156,8 @@ def write_report() -> Path:
         "turns' ratios, with the range of the turns but the lowest and the highest in parentheses. Each implementation",
         "is checked against the float64 reference before it is timed; a peer that is wrong is left out of its group,",
         "such as a compiled composition of a bank whose backward reads the rows that its forward has written. A rate",
-        "counts the floor: what the operation itself must read, write and compute; as a time, at this machine's copy or",
-        "GEMM rate, measured in that run.",
+        "counts the floor: what the operation itself must read, write and compute; as a time, at this machine's copy",
+        "or GEMM rate, measured in that run.",
         "On a GPU `time` is of eager calls, `host` what one costs the host, and the rate that of a graph's steps.",
     ]
     if all(path.parent.name.endswith("-cores") for path in RESULTS.glob("*/*.json")):
