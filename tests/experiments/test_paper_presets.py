@@ -16,7 +16,7 @@ SHORT = {
         "teacher_schedule": "constant",
     },
     "dong2019_figure2": {"epochs": 2, "model": "resnet20", "samples": 12, "pairs": 2, "repeats": 2},
-    "dong2019_figure4": {"epochs": 2, "model": "shake_shake26_8"},
+    "dong2019_figure4": {"epochs": 2},
     "dong2019_figure5": {"iterations": 4, "every": 2, "model": "resnet20", "samples": 6, "pairs": 2},
     "rounds_predicted": {"rounds": 2, "epochs": 1, "model": "resnet20", "rows": 10},
     "dong2019_table1": {
