@@ -126,7 +126,7 @@ def test_other_code_with_the_same_weights_is_refused(run):
     for changes in ({"model": nn.Sequential(nn.Sequential(first), nn.Tanh(), second)}, {"outputs": column(1)}):
         with pytest.raises(ValueError, match=r"c.pt is of another run: "):
             gram(**{**run, **changes})
-    first.register_forward_hook(lambda module, arguments, output: output.relu())
+    first.register_forward_hook(lambda module, arguments, output: output.square())
     with pytest.raises(
         ValueError, match=r"of another run: the model, or the callable outputs, gave \[.*\] on the first"
     ):
