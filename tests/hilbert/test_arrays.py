@@ -11,7 +11,7 @@ from sdfast.hilbert.path import distill_spectrum
 
 @pytest.fixture
 def rng():
-    return np.random.default_rng()
+    return np.random.default_rng(torch.initial_seed())
 
 
 @pytest.fixture(params=["torch", pytest.param("cupy", marks=pytest.mark.cuda)])

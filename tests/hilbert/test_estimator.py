@@ -8,6 +8,7 @@ import textwrap
 
 import numpy as np
 import pytest
+import torch
 from sklearn.datasets import load_diabetes, load_digits, load_iris, make_friedman1
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.kernel_ridge import KernelRidge
@@ -22,7 +23,7 @@ from sdfast.hilbert.estimator import FRACTIONS
 
 @pytest.fixture
 def rng():
-    return np.random.default_rng()
+    return np.random.default_rng(torch.initial_seed())
 
 
 @pytest.mark.parametrize("name", ["KernelSelfDistillation", "KernelSelfDistillationClassifier"])

@@ -4,6 +4,7 @@ import functools
 
 import numpy as np
 import pytest
+import torch
 from hilbert.kernels_at_random import random_problem
 from scipy.optimize import minimize
 from sklearn.datasets import load_digits
@@ -15,7 +16,7 @@ from sdfast.hilbert import decompose, mixing
 
 @pytest.fixture
 def rng():
-    return np.random.default_rng()
+    return np.random.default_rng(torch.initial_seed())
 
 
 def smoother(gram, ridge):

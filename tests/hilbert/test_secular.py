@@ -6,6 +6,7 @@ import sys
 import mpmath
 import numpy as np
 import pytest
+import torch
 
 from sdfast.hilbert import secular
 
@@ -48,7 +49,7 @@ def condition(d, w, c):
 @pytest.mark.parametrize("energy", [1 + 1e-9, 1.01, 30.0, 1e6, 1e14])
 @pytest.mark.parametrize("decades", [1, 8, 16])
 def test_against_40_digits(backend, energy, decades):
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(torch.initial_seed())
     for _ in range(3):
         d = np.append(10 ** -rng.uniform(0, decades, 10), [1.0, 10.0**-decades])
         w = rng.normal(size=12) ** 2
@@ -66,7 +67,7 @@ def test_against_40_digits(backend, energy, decades):
 
 def test_zero_eigenvalues(backend):
     """Unreachable weight u < 1 lowers what is left for the others; u ≥ 1 has no root."""
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(torch.initial_seed())
     d = np.append(0.0, 10 ** -rng.uniform(0, 5, 9))
     for unreachable in (0.0, 0.5, 1 - 1e-6):
         w = np.append(unreachable, rng.uniform(1, 3, 9))
@@ -91,7 +92,7 @@ def test_a_collapsed_column_stays_beside_others(backend):
 
 
 def test_every_round_is_a_root(backend):
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(torch.initial_seed())
     d = 10 ** -rng.uniform(0, 8, 300)
     w = rng.normal(size=(300, 4)) ** 2 * [[0.01, 0.1, 1.0, 50.0]]
     c, fits = secular.solve_path(d, w, 400, backend=backend)
@@ -107,7 +108,7 @@ def test_few_steps(monkeypatch):
     steps = []
     plain = secular._step
     monkeypatch.setattr(secular, "_step", lambda *arguments: steps.append(0) or plain(*arguments))
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(torch.initial_seed())
     rounds = 0
     for _ in range(300):
         d = 10 ** -rng.uniform(0, rng.uniform(0, 12), 50)
@@ -118,7 +119,7 @@ def test_few_steps(monkeypatch):
 
 
 def test_tiny_and_huge_units(backend):
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(torch.initial_seed())
     d, w = 10 ** -rng.uniform(0, 4, 20), rng.uniform(1, 9, (20, 1))
     wanted, _ = secular.solve_path(d, w, 5, backend=backend)
     for unit in (1e-200, 1e200):
@@ -130,7 +131,7 @@ def test_long_paths_are_those_of_the_definition():
     """Where the native solver foresees the next root: spectra that decay, jump and repeat, to the collapse."""
     if secular.why_not_native():
         pytest.skip(secular.why_not_native())
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(torch.initial_seed())
     for spectrum in (
         np.sort(np.arange(1, 301) ** -1.5),
         10 ** -rng.uniform(0, 12, 300),  # in no order
@@ -149,7 +150,7 @@ def test_long_paths_are_those_of_the_definition():
 
 def test_ties_collapse(backend):
     """On a flat spectrum √(Σ w) falls by 1 a round, from r₀ to exactly 1: r₀ − 1 fits, however rounding falls."""
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(torch.initial_seed())
     for r0 in (2, 3, *rng.integers(4, 150, 12)):
         for points, columns in ((1, 1), (7, 3), (200, 16)):  # the last are many enough to be folded
             w = rng.normal(size=(points, columns)) ** 2
@@ -192,7 +193,7 @@ def test_folded_columns_against_40_digits(spectrum):
     """Many eigenvalues in few octaves, columns and rounds enough: the native solver works on 32 nodes an octave."""
     if secular.why_not_native():
         pytest.skip(secular.why_not_native())
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(torch.initial_seed())
     d = {
         "one octave": 2 ** rng.uniform(0, 1, 200),
         "six octaves": 2 ** rng.uniform(0, 6, 800),
@@ -216,7 +217,7 @@ def test_folded_columns_are_those_of_the_definition():
     """To the collapse, with spectra that fold well, badly (all at an octave's end, where rounding grows) and not."""
     if secular.why_not_native():
         pytest.skip(secular.why_not_native())
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(torch.initial_seed())
     energies = (np.geomspace(3, 100, 20).round() + 0.5) ** 2  # far from ties, where c is all rounding
     folded = {}
     for name, spectrum in {

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from hilbert.kernels_at_random import random_problem
 
 from benchmarks import round_choice
@@ -10,7 +11,7 @@ from sdfast.hilbert import RoundChoice, kernels, selection, self_distill
 
 @pytest.fixture
 def rng():
-    return np.random.default_rng()
+    return np.random.default_rng(torch.initial_seed())
 
 
 def smoothers(path):

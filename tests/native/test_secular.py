@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from sdfast.hilbert import secular
 
@@ -30,7 +31,7 @@ def test_cpu_against_the_definition(points, threads, monkeypatch):
         pytest.skip(secular.why_not_native())
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
     monkeypatch.setattr(secular, "_ENTRIES_PER_THREAD", 1)
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(torch.initial_seed())
     for _ in range(20):
         d, w = problem(rng, points, 5)
         d[rng.random(points) < 0.1] = 0
@@ -47,7 +48,7 @@ def test_cpu_against_the_definition(points, threads, monkeypatch):
 def test_results_do_not_depend_on_the_threads(monkeypatch):
     if secular.why_not_native():
         pytest.skip(secular.why_not_native())
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(torch.initial_seed())
     spectrum, plain = problem(rng, 500, 7, decades=1)
     folded = rng.normal(size=(500, 20)) ** 2
     folded *= 400 / folded.sum(0)
@@ -101,7 +102,7 @@ def emulated(tmp_path_factory):
 
 @pytest.mark.parametrize("threads", [1, 2, 8])
 def test_cuda_kernel_on_the_cpu(emulated, threads):
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(torch.initial_seed())
     for points in (1, 5, 40):
         d, w = problem(rng, points, 3)
         d = d / d.max()
@@ -117,7 +118,7 @@ def test_cuda_kernel_on_the_cpu(emulated, threads):
 
 def test_ties_collapse_in_the_cuda_kernel(emulated):
     """√(Σ w) from r₀ down by 1 a round, to exactly 1."""
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(torch.initial_seed())
     for r0 in (2, 3, 7, 12, 29):
         d, w = np.ones(6), rng.normal(size=(3, 6)) ** 2
         w *= r0**2 / w.sum(1, keepdims=True)
@@ -145,7 +146,7 @@ def test_the_header_compiles_for_cuda(tmp_path):
 @pytest.mark.cuda
 def test_cuda_on_a_gpu():
     cupy = pytest.importorskip("cupy")
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(torch.initial_seed())
     for points in (1, 100, 3000):
         d, w = problem(rng, points, 6)
         wanted, wanted_fits = secular.solve_path(d, w, 50, backend="array")
