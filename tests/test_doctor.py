@@ -113,7 +113,7 @@ def test_the_secular_solver_is_tried(monkeypatch):
 
     class Wrong:
         def solve_path(self, d, w, rounds, threads):
-            return np.ones((len(w), rounds)), np.full(len(w), rounds)
+            return np.ones((len(w), rounds)), np.full(len(w), rounds), 0
 
     monkeypatch.setattr(secular, "_native", Wrong())
     findings = doctor.examine()
