@@ -1,23 +1,11 @@
 // Computed: a loss on the rows of a prediction bank, its gradient with respect to the logits, and the rows' update.
 // Fused: gathering the rows, target or regulariser, loss, gradient and writing back, row by row while it is in cache.
 // Never materialised: a (rows, classes) target, probability or gathered row; a thread keeps nine rows of scratch.
-#include "../self_distillation/cpu_batch.h"
-#include "cpu_loops.h"
-#include "cpu_storage.h"
-#include "description.h"
+#include "cpu_problem.h"
+#include "cpu_small_row.h"
 
 namespace sdfast::prediction_bank {
 namespace {
-
-using namespace self_distillation;
-
-template <class T>
-struct BankProblem {
-  Problem<T> loss;
-  Settings<T> bank;
-  Storage storage;
-  const int64_t* indices;  // (N,)
-};
 
 // Scratch of one thread beside the loss's own.
 template <class T>
@@ -53,15 +41,14 @@ class BankRow {
         index_(problem.indices[i]),
         terms_(gradient && problem.loss.loss != kMse ? gradient : scratch.loss.row(Scratch<T>::kTerms)) {}
 
-  RowResult<T> run(bool writes) {
+  RowResult<T> run() {
     const Settings<T>& bank = problem_.bank;
     const Columns& columns = row_.columns;
     const Peak<T>& top = row_.find_top();
     const T total = exp_sum_of(row_.x, columns, top.value, T(1), terms_);
     scale_ = T(1) / total;
-    const bool finite = !top.nan && std::abs(top.value) <= std::numeric_limits<T>::max();
+    const bool finite = is_finite(top), writes = finite && problem_.writes(row_.i);
     const int64_t seen = problem_.storage.seen[index_];
-    writes = writes && finite && bank.update;
 
     const T* source = problem_.storage.read(index_, scratch_.old.data());
     if (finite && (writes || bank.write_first)) blend_into_fresh(source, bank.weight(seen));
@@ -128,12 +115,12 @@ class BankRow {
 
 template <class T>
 RowResult<T> run_bank_row(const BankProblem<T>& problem, BankScratch<T>& scratch, bool split_columns, int64_t i,
-                          const Peak<T>* known, T factor, const OutputRows& out, bool writes) {
+                          const Peak<T>* known, T factor, const OutputRows& out) {
   T* const direct = out ? out.template direct<T>(i) : nullptr;
   T* const gradient = out && !direct ? scratch.loss.row(Scratch<T>::kGradient) : direct;
   RowResult<T> result;
   if (problem.loss.kept(i)) {
-    result = BankRow<T>(problem, scratch, split_columns, i, known, factor, gradient).run(writes);
+    result = BankRow<T>(problem, scratch, split_columns, i, known, factor, gradient).run();
     result.loss *= problem.loss.weight_of(i);
   } else if (gradient) {
     std::fill_n(gradient, problem.loss.classes, T(0));
@@ -169,8 +156,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_as(BankProblem<T> problem, const Tens
   Problem<T>& loss = problem.loss;
   const BatchCounts<T> counts = check_and_count(loss);
   check_indices(problem);
-  const std::vector<uint8_t> roles =
-      roles_of(problem.indices, loss.rows, [&](int64_t i) { return loss.kept(i); }, problem.bank.unique);
+  problem.roles = roles_of(problem.indices, loss.rows, [&](int64_t i) { return loss.kept(i); }, problem.bank.unique);
   std::vector<Peak<T>> peaks;
   if (d.adaptive) loss.shared_alpha = adaptive_batch_alpha(loss, static_cast<T>(d.alpha_value), counts.kept, peaks);
   const std::vector<T> alphas = effective_alphas(problem);
@@ -185,23 +171,24 @@ std::tuple<Tensor, Tensor, Tensor> forward_as(BankProblem<T> problem, const Tens
   // An all-ignored batch has loss 0, not 0/0.
   const T divisor = d.reduction != kMean || counts.kept == 0 ? T(1) : counts.denominator;
   const T share = late ? T(1) : T(1) / divisor;
-  const auto run = [&](BankScratch<T>& scratch, int64_t i, bool split_columns) {
-    results[i] = run_bank_row(problem, scratch, split_columns, i, d.adaptive ? &peaks[i] : nullptr,
-                              loss.weight_of(i) * share, out, roles[i] != kSharesOnly);
+  const bool small = SmallBankRows<T>::serves(problem);
+  const auto run = [&](int64_t begin, int64_t end, bool split_columns, bool last) {
+    const auto taken = [&](int64_t i) { return (problem.roles[i] == kWritesLast) == last; };
+    if (small)
+      return run_small_rows(problem, begin, end, last ? 1 : int64_t{SmallBankRows<T>::kRows}, share, out, taken,
+                            results.data());
+    BankScratch<T> scratch(problem);
+    for (int64_t i = begin; i < end; ++i) {
+      if (taken(i))
+        results[i] = run_bank_row(problem, scratch, split_columns, i, d.adaptive ? &peaks[i] : nullptr,
+                                  loss.weight_of(i) * share, out);
+    }
   };
-  bool last_to_write = false;
-  for (const uint8_t role : roles) last_to_write |= role == kWritesLast;
-  over_rows(loss.rows, loss.classes, [&](int64_t begin, int64_t end, bool split_columns) {
-    BankScratch<T> scratch(problem);
-    for (int64_t i = begin; i < end; ++i)
-      if (roles[i] != kWritesLast) run(scratch, i, split_columns);
-  });
+  over_rows(loss.rows, loss.classes,
+            [&](int64_t begin, int64_t end, bool split_columns) { run(begin, end, split_columns, false); });
   // A row that others share is written once they all have read it.
-  if (last_to_write) {
-    BankScratch<T> scratch(problem);
-    for (int64_t i = 0; i < loss.rows; ++i)
-      if (roles[i] == kWritesLast) run(scratch, i, false);
-  }
+  const std::vector<uint8_t>& roles = problem.roles;
+  if (std::find(roles.begin(), roles.end(), kWritesLast) != roles.end()) run(0, loss.rows, false, true);
 
   write_losses(results, d.reduction, divisor, value.mutable_data_ptr<T>());
   Tensor state = new_tensor(logits, {int64_t{kStateSize}}, kType<T>);
@@ -219,7 +206,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor logits, Tensor labels, Optiona
     using T = decltype(zero);
     return forward_as<T>({make_problem<T>(logits, labels, alpha, {}, class_weight, row_weight, d),
                           unpacked_settings<T>(codes, momentum, regularisation),
-                          Storage(predictions, classes, seen, logits.size(1)), indices.const_data_ptr<int64_t>()},
+                          Storage(predictions, classes, seen, logits.size(1)),
+                          indices.const_data_ptr<int64_t>(),
+                          {}},
                          logits, d, comes_late(codes));
   };
   return logits.scalar_type() == ScalarType::Double ? run(0.0) : run(0.f);
