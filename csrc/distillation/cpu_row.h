@@ -75,9 +75,14 @@ struct Row {
   T run() {
     const bool hard = problem.labelled && alpha != 0;
     T loss = 0;
-    if (hard) {
+    if (hard && given.hard) {
+      x = scratch.hard.fetch(problem.hard.logits, i, self_distillation::Scratch<T>::kLogits);
+      top = given.hard->top;
+      loss =
+          alpha * self_distillation::finish_small_row<false>(x, problem.hard.label(i), *given.hard, {T(1), T(0), T(0)},
+                                                             factor * alpha, gradient, columns.count, T(0));
+    } else if (hard) {
       self_distillation::Row<T> row(problem.hard, scratch.hard, columns.parallel, i, nullptr, factor * alpha, gradient);
-      row.given = given.hard;
       loss = alpha * row.run().loss;
       x = row.x;
       top = row.top;
