@@ -1,45 +1,33 @@
 // A bank's row of few columns, for the commonest call: cross entropy against index labels and the bank row as it is.
-// Computed: the softmax of up to kLanes rows side by side, then two loops a row: the source's sums; gradient and
-// update. Worth its lines at a hundred classes and fewer, where setting up a `BankRow` costs more than its arithmetic.
+// Fused: the softmax of up to kLanes rows side by side, then three short loops a row; a row's bits are its own.
+// Worth its lines at a hundred classes and fewer, where setting up a `BankRow` costs more than its arithmetic.
 #pragma once
 
 #include "cpu_problem.h"
 
 namespace sdfast::prediction_bank {
 
-// old, moved towards p: old itself at weight 0, p itself at weight 1
-template <class T>
-SDFAST_INLINE Lanes<T> blended(const Lanes<T>& old, const Lanes<T>& p, T weight) {
-  return weight == T(1) ? p : old + (p - old) * weight;
-}
-
-// With t = blended(old, p, weight): mass = sum_c t_c and loss = sum_c t_c (log_total - (x_c - shift)), a class with
+// With t the source's probabilities: mass = sum_c t_c and loss = sum_c t_c (log_total - (x_c - shift)), a class with
 // t_c = 0 adding nothing.
 template <class T>
-SDFAST_CLONES Sums<T> source_sums(const T* x, const T* p, const T* old, int64_t n, T shift, T log_total, T weight) {
+SDFAST_CLONES Sums<T> source_sums(const T* x, const T* t, int64_t n, T shift, T log_total) {
   vec::Total<T> mass, loss;
   sweep<T>(n, [&](int64_t i, auto used, auto slot) {
-    const Lanes<T> t = blended<T>(load_some(old + i, used, T(0)), load_some(p + i, used, T(0)), weight);
+    const Lanes<T> weight = load_some(t + i, used, T(0));
     const Lanes<T> term = log_total - (load_some(x + i, used, shift) - shift);
-    loss[slot] += t == T(0) ? Lanes<T>{} : t * term;
-    mass[slot] += t;
+    loss[slot] += weight == T(0) ? Lanes<T>{} : weight * term;
+    mass[slot] += weight;
   });
   return {mass.sum(), loss.sum()};
 }
 
-// gradient_c = factor (p_c mass - share t_c), t as above, and fresh_c = blended(old_c, p_c, update); each unless null.
-// The gradient may overwrite p, and fresh the old row.
+// p_c becomes factor (p_c mass - share t_c)
 template <class T>
-SDFAST_CLONES void write_small_row(const T* p, const T* old, int64_t n, T mass, T share, T weight, T factor,
-                                   T* gradient, T update, T* fresh) {
+SDFAST_CLONES void small_gradient(T* p, const T* t, int64_t n, T mass, T share, T factor) {
   sweep<T>(n, [&](int64_t i, auto used, auto) {
-    const Lanes<T> prediction = load_some(p + i, used, T(0)), before = load_some(old + i, used, T(0));
-    if (gradient) {
-      Lanes<T> slope = prediction * mass;
-      if (share != T(0)) slope -= blended<T>(before, prediction, weight) * share;
-      store_some(gradient + i, slope * factor, used);
-    }
-    if (fresh) store_some(fresh + i, blended<T>(before, prediction, update), used);
+    const Lanes<T> target = load_some(t + i, used, T(0)) * share;
+    store_some(p + i, self_distillation::cross_entropy_gradient(load_some(p + i, used, T(0)), target, mass) * factor,
+               used);
   });
 }
 
@@ -96,6 +84,7 @@ class SmallBankRows {
   const OutputRows& out_;
   const T share_;
   std::vector<T> old_, fresh_, x_, p_;  // of a row, and of a block of them where they are not in place
+  std::vector<int32_t> order_;          // stays empty: the rows are dense
 
   T* block(std::vector<T>& of) {
     if (of.empty()) of.resize(kRows * n_);
@@ -108,27 +97,27 @@ class SmallBankRows {
     const Storage& storage = problem_.storage;
     const int64_t index = problem_.indices[i], label = problem_.loss.label(i);
     const bool finite = is_finite(softmax.top), writes = finite && problem_.writes(i);
-    const T weight = finite && (writes || bank.write_first) ? bank.weight(storage.seen[index]) : T(0);
-    const T source_weight = bank.write_first ? weight : T(0);
-    const T* old = storage.read(index, old_.data());
+    const T* source = storage.read(index, old_.data());
+    if (finite && (writes || bank.write_first))
+      blend(source, p, n_, T(1), T(0), T(1), bank.weight(storage.seen[index]), fresh_.data());
+    if (finite && bank.write_first) source = fresh_.data();
 
     const Mixture<T> mix = self_distillation::mixture(problem_.loss.alpha_of(i), T(0), int64_t{1});
     T loss = 0, share = 0;
     if (mix.label != 0) loss = mix.label * (softmax.log_total - (x[label] - softmax.top.value));
     if (mix.source != 0) {
-      const Sums<T> sums = source_sums(x, p, old, n_, softmax.top.value, softmax.log_total, source_weight);
+      const Sums<T> sums = source_sums(x, source, n_, softmax.top.value, softmax.log_total);
       share = mix.source / sums.mass;
       loss += share * sums.loss;
     }
     if (softmax.top.nan) loss = std::numeric_limits<T>::quiet_NaN();
 
     const T row_weight = problem_.loss.weight_of(i), factor = row_weight * share_;
-    T* const direct = storage.template direct<T>(index);
-    T* const fresh = !writes ? nullptr : direct ? direct : fresh_.data();
-    write_small_row(p, old, n_, mix.label + mix.source, share, source_weight, factor, out_ ? p : nullptr, weight,
-                    fresh);
-    if (out_) p[label] -= factor * mix.label;
-    if (writes) storage.written(index, fresh);
+    if (out_) {
+      small_gradient(p, source, n_, mix.label + mix.source, share, factor);
+      p[label] -= factor * mix.label;
+    }
+    if (writes) storage.write(index, fresh_.data(), order_);
     return row_weight * loss;
   }
 };

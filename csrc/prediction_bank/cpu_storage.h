@@ -38,23 +38,10 @@ struct Storage {
     return scratch;
   }
 
-  // The row itself where it lies dense in T, to be written in place; else null.
-  template <class T>
-  T* direct(int64_t index) const {
-    return !classes && type == kType<T> ? static_cast<T*>(predictions) + index * columns : nullptr;
-  }
-
-  // Counts a prediction that has gone into a dense row, `row` being in place or yet to be stored.
-  template <class T>
-  void written(int64_t index, const T* row) const {
-    ++seen[index];
-    if (row != direct<T>(index)) store(index * columns, row, columns);
-  }
-
   template <class T>
   void write(int64_t index, const T* row, std::vector<int32_t>& order) const {
-    if (!classes) return written(index, row);
     ++seen[index];
+    if (!classes) return store(index * columns, row, columns);
     order.resize(columns);
     std::iota(order.begin(), order.end(), 0);
     const auto before = [&](int32_t a, int32_t b) { return row[a] > row[b] || (row[a] == row[b] && a < b); };
