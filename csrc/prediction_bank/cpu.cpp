@@ -174,9 +174,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_as(BankProblem<T> problem, const Tens
   const bool small = SmallBankRows<T>::serves(problem);
   const auto run = [&](int64_t begin, int64_t end, bool split_columns, bool last) {
     const auto taken = [&](int64_t i) { return (problem.roles[i] == kWritesLast) == last; };
-    if (small)
-      return run_small_rows(problem, begin, end, last ? 1 : int64_t{SmallBankRows<T>::kRows}, share, out, taken,
-                            results.data());
+    if (small) return run_small_rows(problem, begin, end, share, out, taken, results.data());
     BankScratch<T> scratch(problem);
     for (int64_t i = begin; i < end; ++i) {
       if (taken(i))

@@ -21,12 +21,12 @@ SDFAST_CLONES Sums<T> source_sums(const T* x, const T* t, int64_t n, T shift, T 
   return {mass.sum(), loss.sum()};
 }
 
-// p_c becomes factor (p_c mass - share t_c)
+// out_c = factor (p_c mass - share t_c)
 template <class T>
-SDFAST_CLONES void small_gradient(T* p, const T* t, int64_t n, T mass, T share, T factor) {
+SDFAST_CLONES void small_gradient(const T* p, const T* t, int64_t n, T mass, T share, T factor, T* out) {
   sweep<T>(n, [&](int64_t i, auto used, auto) {
     const Lanes<T> target = load_some(t + i, used, T(0)) * share;
-    store_some(p + i, self_distillation::cross_entropy_gradient(load_some(p + i, used, T(0)), target, mass) * factor,
+    store_some(out + i, self_distillation::cross_entropy_gradient(load_some(p + i, used, T(0)), target, mass) * factor,
                used);
   });
 }
@@ -47,34 +47,40 @@ class SmallBankRows {
 
   // Row i's gradient is `share` times its row weight times that of its loss.
   SmallBankRows(const BankProblem<T>& problem, const OutputRows& out, T share)
-      : problem_(problem), n_(problem.loss.classes), out_(out), share_(share), old_(n_), fresh_(n_) {}
+      : problem_(problem),
+        n_(problem.loss.classes),
+        out_(out),
+        share_(share),
+        old_(n_),
+        fresh_(n_),
+        gradient_(n_),
+        p_(kRows * n_) {}
 
   // Rows [first, first + rows), rows <= kRows, of those that `taken(i)` names.
   template <class Taken>
   void run(int64_t first, int rows, const Taken& taken, RowResult<T>* results) {
     const Rows& logits = problem_.loss.logits;
-    const bool in_place = out_ && out_.template direct<T>(first);
-    T* const p = in_place ? out_.template direct<T>(first) : block(p_);
     const T* x = static_cast<const T*>(logits.data) + first * logits.row_stride;
     int64_t stride = logits.row_stride;
     if (!logits.template direct<T>()) {
-      T* const copy = block(x_);
-      for (int r = 0; r < rows; ++r) logits.template row<T>(first + r, copy + r * n_);
-      x = copy, stride = n_;
+      x_.resize(kRows * n_);
+      for (int r = 0; r < rows; ++r) logits.template row<T>(first + r, x_.data() + r * n_);
+      x = x_.data(), stride = n_;
     }
     T ones[kRows];
     std::fill_n(ones, kRows, T(1));
     Softmax<T> softmax[kRows];
-    self_distillation::small_rows(x, stride, rows, n_, ones, p, softmax);
+    self_distillation::small_rows(x, stride, rows, n_, ones, p_.data(), softmax);
     for (int r = 0; r < rows; ++r) {
       const int64_t i = first + r;
       if (!taken(i)) continue;
-      T* const row = p + r * n_;
+      T* const direct = out_ ? out_.template direct<T>(i) : nullptr;
+      T* const gradient = out_ && !direct ? gradient_.data() : direct;
       if (problem_.loss.kept(i))
-        results[i] = {finish(i, x + r * stride, softmax[r], row)};
-      else
-        std::fill_n(row, n_, T(0));
-      if (out_ && !in_place) out_.write(i, row);
+        results[i] = {finish(i, x + r * stride, softmax[r], p_.data() + r * n_, gradient)};
+      else if (gradient)
+        std::fill_n(gradient, n_, T(0));
+      if (gradient && !direct) out_.write(i, gradient);
     }
   }
 
@@ -83,23 +89,26 @@ class SmallBankRows {
   const int64_t n_;
   const OutputRows& out_;
   const T share_;
-  std::vector<T> old_, fresh_, x_, p_;  // of a row, and of a block of them where they are not in place
-  std::vector<int32_t> order_;          // stays empty: the rows are dense
+  std::vector<T> old_, fresh_, gradient_;  // of a row
+  std::vector<T> p_, x_;                   // of a block of rows
+  std::vector<int32_t> order_;             // stays empty: the rows are dense
+  int64_t weighed_ = -1;                   // predictions seen, of the latest weight
+  T weight_ = 0;
 
-  T* block(std::vector<T>& of) {
-    if (of.empty()) of.resize(kRows * n_);
-    return of.data();
+  T weight_after(int64_t seen) {
+    if (seen != weighed_) weight_ = problem_.bank.weight(seen), weighed_ = seen;
+    return weight_;
   }
 
-  // The row's weighted loss; its gradient overwrites p.
-  T finish(int64_t i, const T* x, const Softmax<T>& softmax, T* p) {
+  // The row's weighted loss, and its gradient unless that is null.
+  T finish(int64_t i, const T* x, const Softmax<T>& softmax, const T* p, T* gradient) {
     const Settings<T>& bank = problem_.bank;
     const Storage& storage = problem_.storage;
     const int64_t index = problem_.indices[i], label = problem_.loss.label(i);
     const bool finite = is_finite(softmax.top), writes = finite && problem_.writes(i);
     const T* source = storage.read(index, old_.data());
     if (finite && (writes || bank.write_first))
-      blend(source, p, n_, T(1), T(0), T(1), bank.weight(storage.seen[index]), fresh_.data());
+      blend(source, p, n_, T(1), T(0), T(1), weight_after(storage.seen[index]), fresh_.data());
     if (finite && bank.write_first) source = fresh_.data();
 
     const Mixture<T> mix = self_distillation::mixture(problem_.loss.alpha_of(i), T(0), int64_t{1});
@@ -113,23 +122,23 @@ class SmallBankRows {
     if (softmax.top.nan) loss = std::numeric_limits<T>::quiet_NaN();
 
     const T row_weight = problem_.loss.weight_of(i), factor = row_weight * share_;
-    if (out_) {
-      small_gradient(p, source, n_, mix.label + mix.source, share, factor);
-      p[label] -= factor * mix.label;
+    if (gradient) {
+      small_gradient(p, source, n_, mix.label + mix.source, share, factor, gradient);
+      gradient[label] -= factor * mix.label;
     }
     if (writes) storage.write(index, fresh_.data(), order_);
     return row_weight * loss;
   }
 };
 
-// Of rows [begin, end) those that `taken(i)` names, `step` at a time: 1 where the gradients of others are ready.
+// Of rows [begin, end) those that `taken(i)` names.
 template <class T, class Taken>
-void run_small_rows(const BankProblem<T>& problem, int64_t begin, int64_t end, int64_t step, T share,
-                    const OutputRows& out, const Taken& taken, RowResult<T>* results) {
+void run_small_rows(const BankProblem<T>& problem, int64_t begin, int64_t end, T share, const OutputRows& out,
+                    const Taken& taken, RowResult<T>* results) {
   SmallBankRows<T> rows(problem, out, share);
-  for (int64_t first = begin; first < end; first += step) {
-    if (step > 1 || taken(first)) rows.run(first, static_cast<int>(std::min(step, end - first)), taken, results);
-  }
+  constexpr int64_t kRows = SmallBankRows<T>::kRows;
+  for (int64_t first = begin; first < end; first += kRows)
+    rows.run(first, static_cast<int>(std::min(kRows, end - first)), taken, results);
 }
 
 }  // namespace sdfast::prediction_bank

@@ -57,7 +57,8 @@ class Case:
     def check(self, backend):
         got, torch_result, exact = self.run(backend, self.dtype), self.run("reference", self.dtype), None
         exact = self.run("reference", torch.float64)
-        assert_as_good_as_torch("loss", got[0], torch_result[0], exact[0])
+        summed = self.options.get("reduction") == "sum"  # the target's own rounding moves each row's divergence
+        assert_as_good_as_torch("loss", got[0], torch_result[0], exact[0], max(1, len(self.logits)) if summed else 1)
         unit = 1.0 if self.options.get("reduction") in ("sum", "none") else 1.0 / max(1, len(self.logits))
         assert_as_good_as_torch("gradient", got[1], torch_result[1], exact[1], unit)
         for name, g, t, e in zip(sdfast.LossStats._fields, got[2], torch_result[2], exact[2], strict=True):
