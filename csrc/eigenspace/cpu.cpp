@@ -3,13 +3,11 @@
 // Never materialised: the upper triangle is not read by the product, and no float64 copy of a float32 H is made.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <limits>
-#include <type_traits>
 #include <vector>
 
 #include "../common/stable.h"
 #include "../common/vec.h"
+#include "cpu_symmetry.h"
 
 namespace sdfast::eigenspace {
 namespace {
@@ -178,107 +176,6 @@ Tensor symmetric_product(const Tensor& matrix, const Tensor& panel) {
   if (single && sum_single) return multiply<float, float>(matrix, panel, ScalarType::Float);
   if (single) return multiply<float, double>(matrix, panel, ScalarType::Double);
   return multiply<double, double>(matrix, panel, ScalarType::Double);
-}
-
-template <class T>
-using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
-
-// As bits, in which sizes compare as integers do, and NaN and infinity are the largest.
-template <class T>
-struct Found {
-  Bits<T> largest = 0, different = 0;
-};
-
-// Tile rows [i, i_end) x columns [j, j_end) against its mirror image.
-template <class T>
-SDFAST_INLINE Found<T> compare(const T* matrix, int64_t stride, int64_t i, int64_t i_end, int64_t j, int64_t j_end) {
-  constexpr int64_t kStride = kTileRows + 64 / sizeof(T);  // rows apart by more than one cache set
-  T mirror[kTileRows * kStride];
-  for (int64_t c = j; c < j_end; ++c) {
-    const T* row = matrix + c * stride + i;
-    for (int64_t r = 0; r < i_end - i; ++r) mirror[r * kStride + c - j] = row[r];
-  }
-  Bits<T> largest = 0, different = 0;
-  for (int64_t r = 0; r < i_end - i; ++r) {
-    const T *row = matrix + (i + r) * stride + j, *other = mirror + r * kStride;
-#pragma omp simd reduction(max : largest) reduction(| : different)
-    for (int64_t c = 0; c < j_end - j; ++c) {
-      Bits<T> a, b;
-      std::memcpy(&a, row + c, sizeof a);
-      std::memcpy(&b, other + c, sizeof b);
-      different |= a ^ b;
-      a &= ~Bits<T>{0} >> 1;
-      b &= ~Bits<T>{0} >> 1;
-      largest = std::max(largest, std::max(a, b));
-    }
-  }
-  return {largest, different};
-}
-
-SDFAST_CLONES void compare_tile(const float* matrix, int64_t stride, int64_t i, int64_t i_end, int64_t j, int64_t j_end,
-                                Found<float>* found) {
-  *found = compare(matrix, stride, i, i_end, j, j_end);
-}
-SDFAST_CLONES void compare_tile(const double* matrix, int64_t stride, int64_t i, int64_t i_end, int64_t j,
-                                int64_t j_end, Found<double>* found) {
-  *found = compare(matrix, stride, i, i_end, j, j_end);
-}
-
-// Only where a tile differs from its mirror image.
-template <class T>
-double asymmetry_of(const T* matrix, int64_t stride, int64_t i, int64_t i_end, int64_t j, int64_t j_end) {
-  double largest = 0;
-  for (int64_t r = i; r < i_end; ++r) {
-    for (int64_t c = j; c < j_end; ++c)
-      largest = std::max(largest, std::fabs(static_cast<double>(matrix[r * stride + c]) - matrix[c * stride + r]));
-  }
-  return largest;
-}
-
-struct Extremes {
-  double largest = 0, asymmetry = 0;
-};
-
-// A tile's rows are too short for the processor to see them coming.
-template <class T>
-void prefetch_tiles(const T* matrix, int64_t stride, int64_t i, int64_t i_end, int64_t j) {
-  const int64_t rows = i_end - i;
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < kTileRows; c += 64 / sizeof(T)) __builtin_prefetch(matrix + (i + r) * stride + j + c);
-    for (int64_t c = 0; c < rows; c += 64 / sizeof(T)) __builtin_prefetch(matrix + (j + r) * stride + i + c);
-  }
-}
-
-template <class T>
-Extremes extremes(const Tensor& matrix) {
-  const int64_t points = matrix.size(0), stride = matrix.stride(0), blocks = (points + kTileRows - 1) / kTileRows;
-  const T* entries = matrix.const_data_ptr<T>();
-  std::vector<Extremes> rows(blocks);
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t i = (block % 2 ? blocks - 1 - block / 2 : block / 2) * kTileRows;  // long rows beside short ones
-      const int64_t i_end = std::min(points, i + kTileRows);
-      Bits<T> largest = 0;
-      for (int64_t j = 0; j <= i; j += kTileRows) {
-        const int64_t j_end = std::min(points, j + kTileRows);
-        if (j + kTileRows <= i) prefetch_tiles(entries, stride, i, i_end, j + kTileRows);
-        Found<T> found;
-        compare_tile(entries, stride, i, i_end, j, j_end, &found);
-        largest = std::max(largest, found.largest);
-        if (found.different)
-          rows[block].asymmetry = std::max(rows[block].asymmetry, asymmetry_of(entries, stride, i, i_end, j, j_end));
-      }
-      T size;
-      std::memcpy(&size, &largest, sizeof size);
-      rows[block].largest = std::isfinite(size) ? size : std::numeric_limits<double>::infinity();
-    }
-  });
-  Extremes all;
-  for (const Extremes& row : rows) {
-    all.largest = std::max(all.largest, row.largest);
-    all.asymmetry = std::max(all.asymmetry, row.asymmetry);
-  }
-  return all;
 }
 
 // (largest |h|, or infinity where an entry is NaN or infinite; largest |h - h transposed|) as float64.

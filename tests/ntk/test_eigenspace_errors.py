@@ -122,6 +122,27 @@ def test_symmetry_against_its_definition(n, native, monkeypatch):
         assert symmetric_product.symmetry(matrix)[0] == torch.inf
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_one_entry_that_differs_is_found(native, monkeypatch):
+    """By one unit in its last place, by its sign alone, or with others of the same size."""
+    if not native:
+        monkeypatch.setattr(symmetric_product, "is_native", lambda matrix: False)
+    elif not _native.CPU.loaded:
+        pytest.skip(_native.CPU.reason)
+    for draw in range(100):
+        n, dtype = int(torch.randint(2, 200, ())), (torch.float32, torch.float64)[draw % 2]
+        matrix = symmetric(n, dtype) + 1
+        assert symmetric_product.symmetry(matrix)[1] == 0
+        i, j = torch.randperm(n)[:2].tolist()
+        other = matrix.clone()
+        other[i, j] = torch.nextafter(matrix[i, j], matrix.new_tensor(torch.inf))
+        assert symmetric_product.symmetry(other)[1] == pytest.approx((other - matrix)[i, j].item(), rel=1e-6)
+        other[i, j] = -matrix[i, j]
+        assert symmetric_product.symmetry(other)[1] == pytest.approx(2 * matrix[i, j].abs().item(), rel=1e-6)
+        signs = torch.where(torch.ones(n, n).tril() > 0, 1, -1).to(dtype)
+        assert symmetric_product.symmetry(torch.ones(n, n, dtype=dtype) * signs)[1] == 2
+
+
 # 1: only the diagonal; 63 to 65: the edge of a tile of rows; 257: of a tile of columns; 700: all eight tasks are busy.
 @pytest.mark.parametrize("n", [1, 2, 7, 63, 64, 65, 257, 700])
 @pytest.mark.parametrize("columns", [0, 1, 4, 5, 8, 9, 16, 31, 33, 70])  # lanes of both dtypes, and panels of 32
