@@ -93,6 +93,8 @@ def measure(benchmark, group: str, turn: int, name: str, prepare: Callable[[str,
             print(f"left out: {_left_out[name]}", file=sys.stderr)
             pytest.skip(_left_out[name])
     case = _prepared[name]
+    if DEVICE.type == "cpu":
+        time.sleep(0.1)  # OpenBLAS's threads, of a row before, spin for some 30 ms before they sleep
     steps = 1 if DEVICE.type == "cpu" or case.rounds else steps_worth_a_synchronisation(case.step)
     benchmark.group = group
     benchmark.extra_info.update(
