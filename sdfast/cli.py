@@ -52,15 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 where the run failed, 2 where the arguments are wrong, 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    name = "sdfast"
-    hint = ""
+    name, options = "sdfast", None
     try:
         options = _parse(words)
-        name, hint = f"sdfast {options.command}", options.when_interrupted
+        name = f"sdfast {options.command}"
         with warnings.catch_warnings():
             warnings.showwarning = partial(_warn, name)
             return options.run(options)
     except KeyboardInterrupt:
+        hint = "" if options is None else options.when_interrupted  # which a command may set once it has begun
         print(f"{name}: interrupted{hint}", file=sys.stderr)
         return 130
     except (ValueError, NotImplementedError) as error:

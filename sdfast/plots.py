@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 VERMILLION, BLUE, GREEN, ORANGE, GREY = "#D55E00", "#0072B2", "#009E73", "#E69F00", "#5F6368"
 
 
+FEW = 16  # points of a curve, of which each is drawn as such
+
+
 class Curve(NamedTuple):
     """One method over the epochs, or whatever the panel's horizontal axis is.
 
@@ -94,12 +97,35 @@ def comparison(title: str, subtitle: str, panels: Sequence[Panel]) -> Any:
         A matplotlib figure.
     """
     figure = new_figure(5.8 * len(panels), 4.4)
-    figure.subplots_adjust(left=0.07, right=0.885, top=0.765, bottom=0.125, wspace=0.5)
-    figure.text(0.012, 0.935, title, fontsize=14, fontweight="bold", color="#202124")
-    figure.text(0.012, 0.875, subtitle, fontsize=10, color=GREY)
+    heads = [
+        figure.text(0.0, 0.935, title, fontsize=14, fontweight="bold", color="#202124"),
+        figure.text(0.0, 0.875, subtitle, fontsize=10, color=GREY),
+    ]
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _draw_panel(axes, panel)
+    _make_room(figure, heads)
     return figure
+
+
+def _make_room(figure: Any, heads: Sequence[Any]) -> None:
+    """As wide a figure as the names at the curves' ends, and the heads, need."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    renderer = FigureCanvasAgg(figure).get_renderer()
+
+    def inches(text: Any) -> float:
+        return text.get_window_extent(renderer).width / figure.dpi
+
+    count, axis, numbers, edge = len(figure.axes), 3.55, 0.75, 0.15
+    room = edge + max((inches(text) for axes in figure.axes for text in axes.texts), default=0.0)
+    width = max(count * (numbers + axis + room), 2 * edge + max(map(inches, heads)))
+    axis = width / count - numbers - room
+    figure.set_size_inches(width, figure.get_figheight())
+    for text in heads:
+        text.set_x(edge / width)
+    figure.subplots_adjust(
+        left=numbers / width, right=1 - room / width, top=0.765, bottom=0.125, wspace=(numbers + room) / axis
+    )
 
 
 def training_curves(history: "History", subtitle: str = "", eval_name: str = "evaluation") -> Any:
@@ -192,12 +218,15 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
             spread = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns]
             low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
         axes.fill_between(xs, low, high, color=curve.color, alpha=0.2, linewidth=0)
-        axes.plot(xs, means, color=curve.color, linewidth=2, marker="o" if len(columns) < 16 else None, markersize=4)
+        axes.plot(xs, means, color=curve.color, linewidth=2, marker="o" if len(columns) < FEW else None, markersize=4)
     last = max((len(run) for curve in panel.curves for run in curve.runs), default=1)
     if panel.xs is None:
         axes.set_xlim(0, max(last, 2))
     if panel.log_x:
         axes.set_xscale("log")
+    if panel.xs is not None and len(panel.xs) < FEW:
+        axes.minorticks_off()
+        axes.set_xticks(list(panel.xs), [f"{x:g}" for x in panel.xs])
     if panel.percent:
         axes.set_ylim(_lower_end(panel), 101.5)
         axes.yaxis.set_major_formatter("{x:.0f} %")
@@ -220,8 +249,9 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
 
 
 def _lower_end(panel: Panel) -> float:
-    """The bottom of the axis: the later curves fill it, the first epochs may leave it."""
-    later = [100 * value for curve in panel.curves for run in curve.runs for value in run[min(4, len(run) - 1) :]]
+    """The bottom of the axis: the later curves fill it, the first of many epochs may leave it."""
+    runs = [run for curve in panel.curves for run in curve.runs]
+    later = [100 * value for run in runs for value in run[4 if len(run) >= FEW else 0 :]]
     levels = [] if panel.level is None else [100 * panel.level]
     low = min((value for value in later + levels if math.isfinite(value)), default=0.0)
     return max(0.0, 10 * math.floor((low - 4) / 10))

@@ -61,7 +61,7 @@ def test_a_longer_run_resumes_and_equals_one_without_a_break(capfd, tmp_path):
     constant = ("--schedule", "constant")
     assert train(capfd, tmp_path / "a", *constant)[0] == 0
     assert train(capfd, tmp_path / "a", *constant, "--resume", "--epochs", 4)[0] == 0
-    assert train(capfd, tmp_path / "b", *constant, "--resume", "--epochs", 4)[0] == 0  # nothing there yet: starts
+    assert train(capfd, tmp_path / "b", *constant, "--epochs", 4)[0] == 0
     first, second = (torch.load(tmp_path / name / "checkpoint.pt")["parts"]["model"] for name in "ab")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -178,6 +178,17 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(capfd, tmp_path):
     assert "--epochs was 2 and is 4; the cosine schedule ends with the epochs it was made for" in err
     assert "_" not in err.replace(str(tmp_path), "")
     assert contents(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("words", [("train",), ("rounds",), ("teacher",), ("reproduce", "theorem1")])
+def test_there_must_be_something_to_resume(words, capfd, tmp_path):
+    """A mistyped folder does not start a run by default settings."""
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "missing"):
+        code, out, err = run(capfd, *words, "--resume", "--output", tmp_path / name, "--no-progress")
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert f"--resume: {tmp_path / name} holds nothing to continue, wanted the folder of a run" in err
+    assert [(path.name, list(path.iterdir())) for path in tmp_path.iterdir()] == [("empty", [])]
 
 
 def test_a_bare_resume_takes_the_settings_of_the_run(capfd, tmp_path):

@@ -35,6 +35,22 @@ def test_names_of_curves_that_end_together_stand_apart():
     assert second - first >= 0.1 * (high - low)
 
 
+@pytest.mark.parametrize("panels", [1, 2])
+@pytest.mark.parametrize("subtitle", ["short", "long " * 30])
+def test_nothing_that_is_written_is_cut_off_or_in_the_next_panel(panels, subtitle):
+    names = ("one", "a method with a rather long name")
+    curves = [plots.Curve(name, plots.BLUE, [[0.2, 0.5], [0.1, 0.3 + index]]) for index, name in enumerate(names)]
+    figure = plots.comparison("title", subtitle, [plots.Panel("Accuracy", curves)] * panels)
+    plots.png(figure)  # lays it out
+    figure.dpi = 160
+    width = figure.bbox.width
+    ends = [text.get_window_extent().x1 for axes in figure.axes for text in axes.texts]
+    assert max(*ends, *(text.get_window_extent().x1 for text in figure.texts)) <= width
+    if panels == 2:
+        numbers = min(label.get_window_extent().x0 for label in figure.axes[1].get_yticklabels())
+        assert max(text.get_window_extent().x1 for text in figure.axes[0].texts) < numbers
+
+
 def test_one_epoch_can_be_drawn():
     curves = [plots.Curve("one", plots.BLUE, [[0.5]])]
     assert plots.png(plots.comparison("title", "subtitle", [plots.Panel("Accuracy", curves)])).startswith(b"\x89PNG")

@@ -113,7 +113,11 @@ def _pictures(place: Path) -> tuple[tuple[Tensor, Tensor], list[str]]:
         raise ValueError(f"folder: {place}: {error}") from error
     first, inputs = None, []
     for path, _ in pictures.samples:
-        pixels = np.array(pictures.loader(path), dtype=np.uint8)
+        try:
+            pixels = np.array(pictures.loader(path), dtype=np.uint8)
+        except (OSError, SyntaxError, ValueError) as error:  # SyntaxError: of a PNG with broken chunks
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ValueError(f"folder: {path} is no readable picture: {reason}") from error
         first = pixels.shape if first is None else first
         if pixels.shape != first:
             raise ValueError(f"folder: {path} has {pixels.shape} pixels, the first {first}; make all of one size")

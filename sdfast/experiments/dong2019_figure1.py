@@ -111,8 +111,25 @@ def summarise(settings: Settings, seeds: dict[int, dict[str, Any]]) -> Summary:
         tables.append((f"Test accuracy (%) {where}", *_table(settings, [run[str(noise)] for run in runs])))
     told = "; ".join(sentences)
     paper = f"The paper sees its best student, on clean CIFAR-100, from epoch {PAPER_BEST} of 200."
-    reading = f"{told[0].upper()}{told[1:]}. {paper}"
+    reading = f"{told[0].upper()}{told[1:]}. {paper}{_agreement(settings, claims)}"
     return Summary(reading, claims, tables, lambda: _figure(settings, runs))
+
+
+def _agreement(settings: Settings, claims: list[Claim]) -> str:
+    """Whether an early stop helps here too, once there are seeds enough to say."""
+    if any(claim.holds is None for claim in claims):
+        return ""
+    helps = all(claim.holds for noise, claim in zip(settings.noises, claims, strict=True) if noise)
+    if len(settings.noises) == 1:
+        return " Here too an early stop helps." if claims[0].holds else " That an early stop helps is not shown here."
+    noisy = "an early stop helps where labels are wrong"
+    if not helps:
+        noisy = "it is not shown that an early stop helps where labels are wrong"
+    clean = [claim.holds for noise, claim in zip(settings.noises, claims, strict=True) if not noise]
+    if not clean:
+        return f" Here {noisy}."
+    same = "makes no difference that counts" if all(clean) else "is not shown to make none"
+    return f" Here {noisy}; on clean labels, the paper's case, it {same}."
 
 
 def _table(settings: Settings, runs: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

@@ -12,13 +12,13 @@ from tqdm import tqdm
 from sdfast import plots, report
 from sdfast.experiments import page, runner
 from sdfast.experiments.experiment import NAMES, changed, load
+from sdfast.train.flags import CAN_RESUME, check_resume
 
 PRESETS = ("small", "paper")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.set_defaults(when_interrupted="; the same command with --resume continues")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
     parser.add_argument("--list", action="store_true", help="say what there is, and do nothing")
     parser.add_argument("--all", action="store_true", help="run all of them")
@@ -54,6 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--all: runs all of them, so {', '.join(arguments.names)} need no naming")
     if arguments.set and len(plans) > 1:
         raise ValueError(f"--set: changes a setting of one experiment, but {len(plans)} are to run")
+    if arguments.resume:
+        check_resume(arguments, any(runner.begun(arguments.output / name) for name in plans))
+    arguments.when_interrupted = CAN_RESUME
     found, broken = [], 0
     total = sum(settings.seeds for settings in plans.values())
     with tqdm(total=total, unit="seed", disable=True if arguments.no_progress else None) as bar:

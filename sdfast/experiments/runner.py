@@ -23,6 +23,7 @@ from sdfast import _dispatch, _files, _locks, plots
 from sdfast.experiments.experiment import Experiment, Summary, load
 
 RESULTS = "results.json"
+SETTINGS = "settings.json"
 
 # What one seed may die of without taking the others along.
 FAILURES = (ArithmeticError, RuntimeError, MemoryError, ValueError, OSError)
@@ -75,9 +76,14 @@ def run(
     return json.loads(text)  # as a later page will read it
 
 
+def begun(folder: Path) -> bool:
+    """Whether an experiment was ever started there."""
+    return (folder / SETTINGS).exists() or any(folder.glob("seed-*"))
+
+
 def _check_settings(folder: Path, settings: Any, resume: bool) -> None:
     """The settings but for the number of seeds and processes, which change no seed's result."""
-    path = folder / "settings.json"
+    path = folder / SETTINGS
     now = json.loads(json.dumps({k: v for k, v in asdict(settings).items() if k not in ("seeds", "jobs", "download")}))
     if any(folder.glob("seed-*")):  # a seed's values, or what one that was cut short goes on from
         if not resume:

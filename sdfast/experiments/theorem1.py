@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdfast import plots
-from sdfast.experiments.claims import above
+from sdfast.experiments.claims import Claim, above
 from sdfast.experiments.experiment import Common, Experiment, Summary
 from sdfast.models import TwoLayerNet
 from sdfast.train.records import mean_and_deviation
@@ -29,7 +29,7 @@ class Settings(Common):
         clusters: K; every other one has the label 1.
         dimension: Of the inputs, which have length 1.
         radius: Of the clusters.
-        wide_radius: At which it no longer works.
+        wide_radius: Of a contrast in which the clusters are wider.
         width: Hidden units.
         flips: ρ, the share of wrong labels in every cluster.
         steps: Of gradient descent.
@@ -191,13 +191,16 @@ def summarise(settings: Settings, seeds: dict[int, dict[str, Any]]) -> Summary:
               [a - b for a, b in zip(plain, ours, strict=True)], "", 1.0),
         above(
             "Gradient descent ends with more wrong signs than self-distillation",
-            [float(run[PLAIN]["wrong"][-1] - run[OURS]["wrong"][-1]) for run in runs], "points", 1.0,
+            [float(run[PLAIN]["wrong"][-1] - run[OURS]["wrong"][-1]) for run in runs], "signs", 1.0,
         ),
         above(
             f"Self-distillation's ‖f − ỹ‖₂ ends below a tenth of where it began ({start:.3g})",
             [start / 10 - value for value in ours], "below it", 1.0,
         ),
     ]  # fmt: skip
+    none = sum(run[OURS]["wrong"][-1] == 0 for run in runs)
+    text = "Self-distillation ends with every sign right"
+    claims.append(Claim(text, none == len(runs), f"in {none} of {len(runs)} seeds", None, len(runs)))
     rows = []
     for method in COLORS:
         done = [run[method] for run in runs if method in run]
@@ -210,7 +213,6 @@ def summarise(settings: Settings, seeds: dict[int, dict[str, Any]]) -> Summary:
     flips = mean_and_deviation([float(run["flips"]) for run in runs])[0]
     table = (f"After {settings.steps} steps, {flips:.0f} of {settings.points} labels wrong",
              ["", "‖f − ỹ‖₂", "wrong signs", "seeds"], rows)  # fmt: skip
-    none = sum(run[OURS]["wrong"][-1] == 0 for run in runs)
     some = sum(run[PLAIN]["wrong"][-1] > 0 for run in runs)
     first = runs[0]["constants"]
     met = all(run["constants"]["slow_enough"] and run["constants"]["late_enough"] for run in runs)

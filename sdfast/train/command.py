@@ -24,8 +24,10 @@ from sdfast.train.data_flags import (
     noisy_labels,
 )
 from sdfast.train.flags import (
+    CAN_RESUME,
     SETTINGS,
     check_arguments,
+    check_resume,
     describe,
     method_options,
     named_as_flags,
@@ -41,7 +43,6 @@ LABEL_FUNCTIONS = ("hardmax", "softmax", "identity")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.set_defaults(when_interrupted="; the same command with --resume continues")
     add_data_arguments(parser)
 
     loss = parser.add_argument_group("loss")
@@ -93,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--resume",
         action="store_true",
-        help="continue the run in that folder, with its settings; if there is none, start it",
+        help="continue the run in that folder, with its settings",
     )
     output.add_argument("--json", action="store_true", help="print the summary as one JSON document, not as a table")
     output.add_argument("--no-progress", action="store_true", help="show no progress bar")
@@ -112,6 +113,7 @@ def run(arguments: argparse.Namespace) -> int:
             "another folder"
         )
     if arguments.resume:
+        check_resume(arguments, (arguments.output / SETTINGS).exists() or checkpoint.exists())
         take_settings(arguments, epochs_done)
     check_arguments(arguments)
     with named_as_flags():
@@ -126,6 +128,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace, data: Dataset, noise: NoisyLabels, distiller: SelfDistiller) -> int:
     settings = settings_of(arguments)
     _files.write_text(arguments.output / SETTINGS, json.dumps(settings, indent=1) + "\n")
+    arguments.when_interrupted = CAN_RESUME
     _say_if_no_op(arguments)
     try:
         history = _fit(arguments, distiller, data, noise)

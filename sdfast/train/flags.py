@@ -15,6 +15,7 @@ from sdfast.baselines import options_of
 from sdfast.train.data_flags import check_noise
 
 SETTINGS = "settings.json"
+CAN_RESUME = "; the same command with --resume continues"  # what an interrupted command says, once it can
 MAX_WIDTH = 65536  # of a hidden layer: two of them are 16 GiB
 
 # Options that do not change the result, and so are no settings of a run.
@@ -81,6 +82,19 @@ def take_settings(arguments: argparse.Namespace, epochs_done: int) -> None:
     if arguments.epochs < epochs_done:
         raise ValueError(
             f"--epochs: got {arguments.epochs}, but the run in {arguments.output} has {epochs_done} behind it"
+        )
+
+
+def check_resume(arguments: argparse.Namespace, there: bool) -> None:
+    """Refuses to continue what was never begun: a mistyped folder would start a run of hours by default settings.
+
+    Raises:
+        ValueError: `there` is false.
+    """
+    if not there:
+        raise ValueError(
+            f"--resume: {arguments.output} holds nothing to continue, wanted the folder of a run that was begun; leave "
+            "--resume out to start one"
         )
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 
-from sdfast import _locks
 from sdfast.train import predict_rounds, sweep_command
 from sdfast.train.data_flags import (
     add_data_arguments,
@@ -44,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     data, labels = sweep_command.prepare(arguments)
     with named_as_flags():
         recipe, make = recipe_of(arguments), model_maker(arguments, data)
-    with _locks.held(arguments.output, "sdfast rounds"), named_as_flags(folder="output"):
+    with sweep_command.begun(arguments):
         result = distill_rounds(
             make, data, arguments.rounds, arguments.loss, arguments.runs, recipe=recipe, labels=labels,
             seed=arguments.seed, folder=arguments.output / sweep_command.RUNS, progress=not arguments.no_progress,

@@ -17,14 +17,22 @@ from sdfast import _checks, _devices, _dispatch
 from sdfast.baselines.method import Method
 from sdfast.data.batches import Batches
 from sdfast.nn import SelfDistillationLoss
-from sdfast.ops.self_distillation import AdaptiveAlpha, ClipLabel, GeneralizedCrossEntropy, LossStats, SmallLoss
+from sdfast.ops.self_distillation import (
+    AdaptiveAlpha,
+    ClipLabel,
+    GeneralizedCrossEntropy,
+    LossStats,
+    SmallLoss,
+    self_distillation_loss,
+)  # fmt: skip
+from sdfast.ops.self_distillation.description import AS_STATE
 from sdfast.ops.self_distillation.reference import batch_accuracy
 from sdfast.train import processes
 from sdfast.train.checkpoint import Checkpoint
 from sdfast.train.history import EpochRecord, History
 from sdfast.train.parts import AMP_DTYPES, amp_name, check_batches, check_method, check_parts
 from sdfast.train.settings import number_of_batches, training_settings
-from sdfast.train.sums import MEANS, EpochSums
+from sdfast.train.sums import EpochSums, epoch_record
 
 __all__ = ["SelfDistiller"]
 
@@ -116,6 +124,7 @@ class SelfDistiller:
         self.loss = SelfDistillationLoss(
             1.0 if alpha is None or callable(alpha) else alpha, return_stats=True, **options
         ).to(self.device)
+        self._loss_options = {**options, "class_weight": self.loss.class_weight, "return_stats": AS_STATE}
         if backend is not None:
             _dispatch.choose(backend, self.device.type)  # refuses one that cannot serve the device, before any work
         self.alpha = alpha
@@ -206,7 +215,7 @@ class SelfDistiller:
                     rate = float(self.optimizer.param_groups[0]["lr"])
                     sums, step = self._train_epoch(train, epoch, step, clean_labels, bar)
                     accuracy = None if eval is None else self.evaluate(eval)
-                    history.append(_record(epoch, sums, clean_labels is not None, accuracy, rate, began))
+                    history.append(epoch_record(epoch, sums, clean_labels is not None, accuracy, rate, began))
                     bar.set_postfix_str(_postfix(history.last, epochs), refresh=False)
                     if not sums[0] and not allow_nan:
                         raise ValueError(f"train: no row of epoch {epoch + 1} counts: its labels are all ignore_index")
@@ -285,13 +294,14 @@ class SelfDistiller:
 
     def _loss(
         self, logits: Tensor, labels: Tensor, indices: Tensor | None, epoch: int, step: int
-    ) -> tuple[Tensor, LossStats]:
+    ) -> tuple[Tensor, LossStats | Tensor]:
+        """The loss and its statistics, or the state that holds them."""
         if self.method is not None:
             return self.method(logits, labels, indices, return_stats=True)
         alpha = self.alpha(epoch, step) if callable(self.alpha) else self.alpha
         if alpha is None:
             raise TypeError(f"alpha: the function gave None for epoch {epoch}, step {step}, wanted a number")
-        return self.loss(logits, labels, alpha=alpha)
+        return self_distillation_loss(logits, labels, alpha, **self._loss_options)  # type: ignore[return-value]
 
     def _of_all(self, vote: bool) -> list[bool]:
         """That of every process which trains this model: one that went on alone would wait for ever."""
@@ -325,7 +335,7 @@ class SelfDistiller:
     def _kept(self, labels: Tensor, logits: Tensor) -> Tensor | int:
         if labels.is_floating_point():
             return logits.numel() // logits.shape[-1]
-        return (labels.to(torch.int64) != self.loss.ignore_index).sum()  # uint8 would wrap -100 to a class
+        return labels.to(torch.int64) != self._loss_options["ignore_index"]  # uint8 would wrap -100 to a class
 
 
 def _modes(model: nn.Module) -> list[tuple[nn.Module, bool]]:
@@ -362,22 +372,6 @@ def _check_clean_rows(clean_labels: Tensor, train: Iterable) -> None:
     if clean_labels.dim() == 0 or len(clean_labels) < rows:
         shape = _checks.shape_text(clean_labels)
         raise ValueError(f"clean_labels: got shape {shape}, wanted a row for each of the {rows} of train")
-
-
-def _record(
-    epoch: int, sums: list[float], clean_known: bool, eval_accuracy: float | None, rate: float, began: float
-) -> EpochRecord:
-    kept, *weighted, clean_correct, clean_kept = sums
-    means = {name: value / kept if kept else math.nan for name, value in zip(MEANS, weighted, strict=True)}
-    clean = clean_correct / clean_kept if clean_known and clean_kept else None
-    return EpochRecord(
-        epoch=epoch + 1,
-        clean_accuracy=clean,
-        eval_accuracy=eval_accuracy,
-        learning_rate=rate,
-        seconds=time.perf_counter() - began,
-        **means,
-    )
 
 
 def _postfix(record: EpochRecord, epochs: int) -> str:

@@ -3,14 +3,15 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sdfast import _files, plots, report
+from sdfast import _files, _locks, plots, report
 from sdfast.data import Dataset
 from sdfast.train.data_flags import check_noise, load_data, noisy_labels
-from sdfast.train.flags import named_as_flags
+from sdfast.train.flags import CAN_RESUME, check_resume, named_as_flags
 from sdfast.train.records import mean_and_deviation
 
 RUNS = "runs"
@@ -18,7 +19,6 @@ RUNS = "runs"
 
 def add_output_arguments(parser: argparse.ArgumentParser, folder: str) -> None:
     """The folder, and what is printed."""
-    parser.set_defaults(when_interrupted="; the same command with --resume continues")
     output = parser.add_argument_group("output")
     output.add_argument("--output", type=Path, default=Path(folder), help="folder of the runs and the report")
     output.add_argument("--resume", action="store_true", help="continue the runs in that folder, by the same flags")
@@ -30,7 +30,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[Dataset, list[Any]]:
     """The data, and the labels of each run: noise is drawn for every run anew.
 
     Raises:
-        ValueError: A flag is impossible, or the folder holds runs and --resume was not given.
+        ValueError: A flag is impossible, the folder holds runs and --resume was not given, or none and it was.
     """
     folder = arguments.output / RUNS
     if arguments.output.exists() and not arguments.output.is_dir():
@@ -39,12 +39,22 @@ def prepare(arguments: argparse.Namespace) -> tuple[Dataset, list[Any]]:
         raise ValueError(f"--output: {arguments.output} holds runs; add --resume to continue them, or name another")
     if arguments.runs < 1:
         raise ValueError(f"--runs: got {arguments.runs}, wanted at least 1")
+    if arguments.resume:
+        check_resume(arguments, folder.is_dir())
     check_noise(arguments)
     with named_as_flags():
         data = load_data(arguments)
         labels = [noisy_labels(arguments, data, arguments.seed + run).labels for run in range(arguments.runs)]
-    arguments.output.mkdir(parents=True, exist_ok=True)
     return data, labels
+
+
+@contextmanager
+def begun(arguments: argparse.Namespace, **flags: str) -> Iterator[None]:
+    """The folder is this process's, and from now on --resume continues there; errors name the flags."""
+    (arguments.output / RUNS).mkdir(parents=True, exist_ok=True)
+    arguments.when_interrupted = CAN_RESUME
+    with _locks.held(arguments.output, f"sdfast {arguments.command}"), named_as_flags(folder="output", **flags):
+        yield
 
 
 def describe(arguments: argparse.Namespace, data: Dataset, labels: Sequence[Any]) -> str:

@@ -2,7 +2,6 @@
 
 import argparse
 
-from sdfast import _locks
 from sdfast.train import sweep_command
 from sdfast.train.data_flags import (
     add_data_arguments,
@@ -43,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
         student = recipe_of(arguments)
         teacher = recipe_of(arguments, learning_rate=arguments.teacher_lr, schedule=arguments.teacher_schedule)
         makers = [model_maker(arguments, data, role) for role in ("teacher", "")]
-    with _locks.held(arguments.output, "sdfast teacher"), named_as_flags(folder="output", epochs="teacher_epochs"):
+    with sweep_command.begun(arguments, epochs="teacher_epochs"):
         result = teacher_sweep(
             makers[0], makers[1], data, arguments.teacher_epochs, teacher=teacher, student=student,
             temperature=arguments.temperature, alpha=arguments.alpha, labels=labels, runs=arguments.runs,

@@ -68,6 +68,89 @@ def test_ones_own_data_and_network(tmp_path, capsys, monkeypatch):
     assert student > 0.8
 
 
+def write_pictures(folder, formats=("png", "jpg"), classes=("dark", "light"), each=8):
+    """A folder of real files for each class, told apart by their brightness; in turn of each format."""
+    images = pytest.importorskip("PIL.Image")
+    rng = np.random.default_rng()
+    for number, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for index in range(each):
+            pixels = (rng.integers(0, 90, (8, 8, 3)) + 150 * number).astype(np.uint8)
+            images.fromarray(pixels).save(folder / name / f"{index}.{formats[index % len(formats)]}")
+
+
+@pytest.mark.usefixtures("torchvision_datasets")
+def test_ones_own_pictures(tmp_path, capsys, monkeypatch):
+    """PNG and JPEG files in a folder a class, in parts and to be split, through both commands and one's own network."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_pictures.py").write_text(
+        "from torch import nn\n"
+        "def net(input_shape, num_classes):\n"
+        "    assert (input_shape, num_classes) == ((3, 8, 8), 2)\n"
+        "    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, num_classes))\n"
+    )
+    write_pictures(tmp_path / "one", each=20)
+    for part in ("train", "test"):
+        write_pictures(tmp_path / "two" / part)
+    data = ("--dataset", "folder", "--model", "own_pictures:net")
+    words = (*data, "--runs", 1, "--epochs", 60, "--lr", 0.5, "--no-progress")
+    for name in ("one", "two"):
+        results = []
+        for command in (("rounds", "--rounds", 2), ("teacher", "--teacher-model", "small_cnn", "--teacher-epochs", 1)):
+            folder = tmp_path / f"{command[0]}-{name}"
+            code, out, err = call(capsys, *command, *words, "--data", tmp_path / name, "--output", folder)
+            assert (code, err) == (0, "")
+            assert out.startswith(f"{name}, labels as they are")
+            results.append(json.loads((folder / "results.json").read_text()))
+        assert results[0]["runs"][0][0]["test_accuracy"] > 0.8  # brightness tells the classes apart
+        assert results[1]["alone"][0] > 0.8
+
+
+def spoil(folder, how):
+    images = pytest.importorskip("PIL.Image")
+    if how == "one class":
+        return write_pictures(folder, classes=("only",))
+    if how != "empty":
+        write_pictures(folder)
+    if how == "empty class":
+        (folder / "nothing").mkdir()
+    elif how == "sizes":
+        images.fromarray(np.zeros((5, 8, 3), np.uint8)).save(folder / "light" / "9.png")
+    elif how == "text":
+        (folder / "light" / "9.png").write_text("no picture")
+    elif how == "cut":
+        path = folder / "dark" / "1.jpg"
+        path.write_bytes(path.read_bytes()[:-200])
+    elif how == "cut png":
+        path = folder / "dark" / "0.png"
+        path.write_bytes(path.read_bytes()[:60])
+    return folder.mkdir(exist_ok=True)
+
+
+@pytest.mark.usefixtures("torchvision_datasets")
+@pytest.mark.parametrize("command", ["rounds", "teacher", "train"])
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("empty", "holds no .npz file and no folders of pictures"),
+        ("one class", "has one class, wanted at least two"),
+        ("empty class", "Found no valid file for the classes nothing"),
+        ("sizes", "9.png has (5, 8, 3) pixels, the first (8, 8, 3); make all of one size"),
+        ("text", "9.png is no readable picture: "),
+        ("cut", "1.jpg is no readable picture: "),
+        ("cut png", "0.png is no readable picture: "),
+    ],
+)
+def test_bad_folders(command, how, said, tmp_path, capsys):
+    spoil(tmp_path / "mine", how)
+    words = ("--dataset", "folder", "--data", tmp_path / "mine", "--output", tmp_path / "run", "--no-progress")
+    code, out, err = call(capsys, command, *words)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"sdfast {command}: error: --data: {tmp_path / 'mine'}")
+    assert said in err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -7,7 +7,7 @@ from sdfast.ops.prediction_bank import op as prediction_bank  # a module: the tw
 from sdfast.ops.prediction_bank.bank import BankRows
 from sdfast.ops.self_distillation import arguments
 from sdfast.ops.self_distillation.arguments import AdaptiveAlpha, ClassPrior, ClipLabel, LossStats
-from sdfast.ops.self_distillation.description import ADAPTIVE, PLAIN, WANT_STATS, unpacked
+from sdfast.ops.self_distillation.description import ADAPTIVE, AS_STATE, PLAIN, WANT_STATS, unpacked
 from sdfast.ops.self_distillation.op import self_distillation
 from sdfast.ops.self_distillation.reference import self_distillation_reference
 from sdfast.ops.self_distillation.weights import (
@@ -161,5 +161,7 @@ def self_distillation_loss(
         value = value.reshape(logits.shape[:-1])
     if not return_stats:
         return value
+    if return_stats is AS_STATE:
+        return value, state  # type: ignore[return-value]
     mean_alpha, _, accuracy, target_entropy, agreement = state.unbind()  # type: ignore[union-attr]
     return value, LossStats(mean_alpha, accuracy, target_entropy, agreement)

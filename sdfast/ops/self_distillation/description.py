@@ -3,7 +3,7 @@
 `csrc/self_distillation/kernel.h` repeats the tables.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,6 +15,9 @@ MIXINGS = {"arithmetic": 0, "geometric": 1}
 # The `state` output: (alpha, denominator, accuracy, target entropy, agreement), what the backward and the statistics
 # need of the batch; empty where neither does. Without statistics only the first two are defined.
 STATE_SIZE = 5
+# The trainer's `return_stats`: the state as it is. To make five numbers of it takes longer than the loss itself after a
+# training step, which leaves nothing of Python's code in the caches.
+AS_STATE: Any = "state"
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
