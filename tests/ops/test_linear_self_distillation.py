@@ -312,6 +312,9 @@ BAD_CALLS = {
     "alpha tensor above one": (
         lambda f: f(H, W, Y, alpha=torch.tensor([0, 1, 0, 2.0]), chunk_rows=1), ValueError, "alpha: row 3 is 2"),
     "chunk of no row": (lambda f: f(H, W, Y, chunk_rows=0), ValueError, "chunk_rows: got 0, wanted a positive integer"),
+    "chunk of True": (
+        lambda f: f(H, W, Y, chunk_rows=True), ValueError, "chunk_rows: got True, wanted a positive integer or None"),
+    "workspace True": (lambda f: f(H, W, Y, workspace=True), ValueError, "workspace: got True, wanted a positive"),
     "workspace negative": (lambda f: f(H, W, Y, workspace=-1), ValueError, "workspace: got -1, wanted a positive"),
     "workspace a string": (lambda f: f(H, W, Y, workspace="1GB"), ValueError, "workspace: got '1GB'"),
     "workspace too small": (

@@ -321,3 +321,5 @@ def test_modules_forward_to_the_functions():
         warnings.simplefilter("error")
         with pytest.raises(ValueError, match="strength: got -1"):
             ELRLoss(bank, strength=-1)
+        with pytest.raises(TypeError, match=r"class_weight: got list, wanted a torch\.Tensor"):
+            ELRLoss(bank, class_weight=[1, 2, 3, 4, 5, 6, 7])
