@@ -238,6 +238,7 @@ class PredictionBank(nn.Module):
 
         Raises:
             RuntimeError: torch.distributed is not initialised.
+            ValueError: The processes' banks are of different sizes.
         """
         gathering.gather(self, group)
 
