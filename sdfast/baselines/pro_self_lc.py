@@ -44,7 +44,7 @@ class ProgressiveSelfLabelCorrection(Method):
 
     def compute(self, logits: Tensor, labels: Tensor, indices: Tensor | None) -> tuple[Tensor, LossStats]:
         """The loss; the statistics are those of learning from the labels."""
-        given = self_distillation_loss(logits, labels, 1.0, reduction="none")
+        given: Tensor = self_distillation_loss(logits, labels, 1.0, reduction="none")  # type: ignore[assignment]
         entropy = row_entropies(logits)
         share = self.trust() * (1 - entropy / math.log(max(logits.shape[-1], 2)))
         kept = labels != -100
