@@ -50,6 +50,18 @@ def check_full_precision(name: str, value: Tensor) -> None:
         raise TypeError(f"{name}: got {dtype_name(value)}, wanted float32 or float64")
 
 
+def check_share(name: str, value: object) -> None:
+    """Refuses what is no number in [0, 1]."""
+    if not is_number(value) or not 0 <= value <= 1:  # type: ignore[operator]
+        raise ValueError(f"{name}: got {value!r}, wanted a number in [0, 1]")
+
+
+def check_least(name: str, value: object, least: int) -> None:
+    """Refuses what is no integer of at least that."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: got {value!r}, wanted an integer >= {least}")
+
+
 def check_option(name: str, value: object, options: dict | tuple) -> None:
     """Refuses a name that is none of `options`."""
     if not isinstance(value, str) or value not in options:

@@ -25,6 +25,24 @@ def usable(device: torch.device | str) -> torch.device:
     return chosen
 
 
+def named(device: torch.device | str) -> torch.device:
+    """The device of that name, whether or not it can be computed on: meta tensors have one too.
+
+    Args:
+        device: Or its name.
+
+    Returns:
+        The torch.device.
+
+    Raises:
+        ValueError: torch has no such name.
+    """
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device: got {device!r}, wanted a torch.device or its name, as 'cpu' or 'cuda:0'") from error
+
+
 def current(tensor: torch.Tensor) -> AbstractContextManager:
     """Makes the tensor's device the current one, on which Triton launches.
 

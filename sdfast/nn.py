@@ -178,6 +178,8 @@ class ELRLoss(LossModule):
             raise TypeError(f"bank: got {type(bank).__name__}, wanted a sdfast.PredictionBank")
         self._keep(locals())
         self.bank = bank
+        if class_weight is not None:
+            _checks.check_floating("class_weight", class_weight)
         self.register_buffer("class_weight", class_weight)
         device = bank.seen.device
         weight = None if class_weight is None else class_weight.to(device)

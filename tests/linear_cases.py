@@ -1,7 +1,7 @@
 """Calls of the two linear losses with the same signature, for the tests of what they share."""
 
 import torch
-from helpers import random_numbers
+from helpers import assert_as_good_as_torch, random_numbers
 
 import sdfast
 
@@ -39,3 +39,29 @@ def loss_and_gradients(form, hidden, weight, bias, labels, upstream=None, **opti
     loss = FORMS[form](hidden, weight, labels, bias=bias, **options)
     leaves = [t for t in (hidden, weight, bias) if t is not None and t.requires_grad]
     return (loss.detach(), *torch.autograd.grad(loss, leaves, upstream))
+
+
+def cast(tensors, dtype):
+    return [None if t is None else t.detach().to(dtype).requires_grad_() for t in tensors]
+
+
+def check(form, backend, tensors, labels, **options):
+    """Loss and gradients against the reference in float64, beside the reference in the same dtype."""
+    dtype = tensors[0].dtype
+    plan = {name: options.pop(name) for name in ("chunk_rows", "workspace") if name in options}
+    rows = len(labels)
+    upstream = torch.linspace(-1, 2, rows) if options.get("reduction") == "none" else None
+
+    def run(which, compute, **more):
+        wide = torch.float64 if compute == torch.float64 else torch.float32
+        up = None if upstream is None else upstream.to(wide)
+        if form == "distillation" and "teacher_dtype" not in options:
+            more["teacher_dtype"] = torch.float64 if dtype == torch.float64 else torch.float32
+        return loss_and_gradients(form, *cast(tensors, compute), labels, up, backend=which, **more, **options)
+
+    got, peer, exact = run(backend, dtype, **plan), run("reference", dtype), run("reference", torch.float64)
+    unit = 1 / rows if options.get("reduction", "mean") == "mean" else 1.0
+    for name, g, t, e in zip(("loss", "hidden", "weight", "bias"), got, peer, exact, strict=False):
+        # What is added up: `rows` terms of the size of hidden states, for the weight.
+        scale = 40.0 if name == "loss" else 40 * unit * (rows if name != "hidden" else 1) ** 0.5
+        assert_as_good_as_torch(name, g, t, e, scale)

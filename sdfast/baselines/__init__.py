@@ -15,8 +15,10 @@ from sdfast.baselines.early_learning import elr
 from sdfast.baselines.generalized_cross_entropy import generalized_cross_entropy
 from sdfast.baselines.joint_optimisation import joint_optimisation
 from sdfast.baselines.label_correction import selc, self_adaptive_training
+from sdfast.baselines.label_filtering import confident_learning, self_ensemble_filtering
 from sdfast.baselines.method import Method
 from sdfast.baselines.plain import cross_entropy, label_smoothing, self_distillation
+from sdfast.baselines.pro_self_lc import pro_self_lc
 from sdfast.baselines.ps_kd import ps_kd
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "bootstrap_hard",
     "bootstrap_soft",
     "co_teaching",
+    "confident_learning",
     "cross_entropy",
     "d2l",
     "elr",
@@ -34,10 +37,12 @@ __all__ = [
     "joint_optimisation",
     "label_smoothing",
     "make_method",
+    "pro_self_lc",
     "ps_kd",
     "selc",
     "self_adaptive_training",
     "self_distillation",
+    "self_ensemble_filtering",
 ]
 
 METHODS: dict[str, Callable[..., Method]] = {
@@ -48,9 +53,12 @@ METHODS: dict[str, Callable[..., Method]] = {
     "d2l": d2l,
     "gce": generalized_cross_entropy,
     "co-teaching": co_teaching,
+    "self-ensemble-filtering": self_ensemble_filtering,
+    "confident-learning": confident_learning,
     "joint-optimisation": joint_optimisation,
     "selc": selc,
     "self-adaptive-training": self_adaptive_training,
+    "pro-self-lc": pro_self_lc,
     "ps-kd": ps_kd,
     "elr": elr,
     "bank-self-distillation": bank_self_distillation,

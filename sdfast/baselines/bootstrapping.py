@@ -4,6 +4,7 @@ from functools import partial
 
 from torch import Tensor
 
+from sdfast import _checks
 from sdfast.baselines.method import Method, mean_entropy
 from sdfast.ops.self_distillation import LossStats, self_distillation_loss
 
@@ -20,6 +21,7 @@ def bootstrap_hard(beta: float = 0.8) -> Method:
     Reference:
         Reed et al. 2015, "Training Deep Neural Networks on Noisy Labels with Bootstrapping", equation 7.
     """
+    _checks.check_share("beta", beta)
     return Method("bootstrap-hard", partial(self_distillation_loss, alpha=beta), beta=beta)
 
 
@@ -37,6 +39,7 @@ def bootstrap_soft(beta: float = 0.95) -> Method:
     Reference:
         Reed et al. 2015, equation 6.
     """
+    _checks.check_share("beta", beta)
 
     def loss(logits: Tensor, labels: Tensor, return_stats: bool = True) -> tuple[Tensor, LossStats]:
         given, stats = self_distillation_loss(logits, labels, 1.0, return_stats=return_stats)

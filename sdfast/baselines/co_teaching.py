@@ -56,8 +56,7 @@ class CoTeaching(Method):
     def __init__(self, forget_rate: float, warm_up: int) -> None:
         if not _checks.is_number(forget_rate) or not 0 <= forget_rate < 1:
             raise ValueError(f"forget_rate: got {forget_rate!r}, wanted a number in [0, 1)")
-        if isinstance(warm_up, bool) or not isinstance(warm_up, int) or warm_up < 1:
-            raise ValueError(f"warm_up: got {warm_up!r}, wanted an integer >= 1")
+        _checks.check_least("warm_up", warm_up, 1)
         super().__init__("co-teaching", forget_rate=forget_rate, warm_up=warm_up)
         self.forget_rate, self.warm_up = forget_rate, warm_up
 

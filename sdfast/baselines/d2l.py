@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdfast import _checks
 from sdfast.baselines.method import Method
 from sdfast.ops.self_distillation import LossStats, self_distillation_loss
 
@@ -67,9 +68,8 @@ class DimensionalityDriven(Method):
     looks_into_model = True
 
     def __init__(self, neighbours: int, batches: int, window: int) -> None:
-        for name, value in (("neighbours", neighbours), ("batches", batches), ("window", window - 1)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: got {value!r}, wanted an integer >= {2 if name == 'window' else 1}")
+        for name, value, least in (("neighbours", neighbours, 1), ("batches", batches, 1), ("window", window, 2)):
+            _checks.check_least(name, value, least)
         super().__init__("d2l", neighbours=neighbours, batches=batches, window=window)
         self.neighbours, self.window = neighbours, window
         self.dimensions: list[float] = []

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from sdfast import _checks
 from sdfast.baselines.banked import BankMethod
 from sdfast.baselines.method import stats_of_labels
 from sdfast.ops.prediction_bank import PredictionBank, elr_loss
@@ -35,6 +36,8 @@ class EarlyLearning(BankMethod):
     """See `elr`."""
 
     def __init__(self, bank: PredictionBank, strength: float) -> None:
+        if not _checks.is_number(strength) or not 0 <= strength <= _checks.LARGEST:
+            raise ValueError(f"strength: got {strength!r}, wanted a finite number >= 0")
         super().__init__("elr", bank, strength=strength, momentum=bank.momentum)
         self.strength = strength
 

@@ -40,7 +40,7 @@ def joint_optimisation(
         equations 3 to 9.
     """
     for name, value in (("prior_weight", prior_weight), ("entropy_weight", entropy_weight)):
-        if not _checks.is_number(value) or value < 0:
+        if not _checks.is_number(value) or not 0 <= value <= _checks.LARGEST:
             raise ValueError(f"{name}: got {value!r}, wanted a finite number >= 0")
     bank = PredictionBank(num_samples, num_classes, momentum, warm_up=warm_up)
     return JointOptimisation(bank, prior_weight, entropy_weight)

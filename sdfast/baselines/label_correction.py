@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from sdfast import _checks
 from sdfast.baselines.banked import BankMethod
 from sdfast.ops.prediction_bank import PredictionBank
 from sdfast.ops.self_distillation import LossStats, self_distillation_loss
@@ -63,8 +64,8 @@ class LabelCorrection(BankMethod):
         *,
         confidence_weights: bool = False,
     ) -> None:
-        if isinstance(warm_up, bool) or not isinstance(warm_up, int) or warm_up < 0:
-            raise ValueError(f"warm_up: got {warm_up!r}, wanted an integer >= 0")
+        _checks.check_tensor("labels", labels)
+        _checks.check_least("warm_up", warm_up, 0)
         bank = PredictionBank(
             len(labels), num_classes, momentum, order="write_then_read", bias_correction=False, device=labels.device
         )

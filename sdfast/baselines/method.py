@@ -92,9 +92,13 @@ def stats_of_labels(logits: Tensor, labels: Tensor) -> LossStats:
     return stats
 
 
-def mean_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the rows kept of −Σ p log p, with its gradient."""
+def row_entropies(logits: Tensor) -> Tensor:
+    """(N,) −Σ p log p, with its gradient."""
     log_p = logits.float().log_softmax(-1) if logits.element_size() == 2 else logits.log_softmax(-1)
+    return -(log_p.exp() * torch.where(log_p == -torch.inf, 0, log_p)).sum(-1)
+
+
+def mean_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Its mean over the rows kept."""
     kept = labels != -100
-    rows = -(log_p.exp() * torch.where(log_p == -torch.inf, 0, log_p)).sum(-1)
-    return torch.where(kept, rows, 0).sum() / kept.sum().clamp(min=1)
+    return torch.where(kept, row_entropies(logits), 0).sum() / kept.sum().clamp(min=1)

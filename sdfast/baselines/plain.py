@@ -2,6 +2,7 @@
 
 from functools import partial
 
+from sdfast import _checks
 from sdfast.baselines.method import Method
 from sdfast.ops.self_distillation import AdaptiveAlpha, self_distillation_loss
 
@@ -27,6 +28,7 @@ def label_smoothing(smoothing: float = 0.1) -> Method:
     Reference:
         Szegedy et al. 2016, "Rethinking the Inception Architecture for Computer Vision", section 7.
     """
+    _checks.check_share("smoothing", smoothing)
     loss = partial(self_distillation_loss, alpha=1.0, label_smoothing=smoothing)
     return Method("label-smoothing", loss, smoothing=smoothing)
 

@@ -22,8 +22,7 @@ def ps_kd(num_samples: int, num_classes: int, final_weight: float = 0.8) -> "Pro
     Reference:
         Kim et al. 2021, "Self-Knowledge Distillation with Progressive Refinement of Targets", equations 4 to 6.
     """
-    if not _checks.is_number(final_weight) or not 0 <= final_weight <= 1:
-        raise ValueError(f"final_weight: got {final_weight!r}, wanted a number in [0, 1]")
+    _checks.check_share("final_weight", final_weight)
     return ProgressiveSelfKnowledge(PredictionBank(num_samples, num_classes, momentum=0), final_weight)
 
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import platform
+import re
 import shlex
 import statistics
 import subprocess
@@ -97,7 +98,8 @@ def run_methods(
     }  # fmt: skip
     environment = _environment()
     results = _begun(path, setting) or {"setting": setting, "environment": environment, "runs": []}
-    later = {} if environment["commit"] == results["environment"]["commit"] else {"commit": environment["commit"]}
+    begun = results["environment"]["commit"]
+    later = {} if environment["commit"] == begun else {k: environment[k] for k in ("commit", "date", "device", "torch")}
     done = {(run["method"], run["noise"], run["seed"]) for run in results["runs"]}
     plan = [(rate, seed, method) for rate in noise for seed in range(seeds) for method in methods]
     threads = torch.get_num_threads()
@@ -184,9 +186,19 @@ def _environment() -> dict[str, Any]:
         "command": shlex.join(["sdfast", *sys.argv[1:]]),
         "commit": commit or f"version {sdfast.__version__}",
         "date": time.strftime("%Y-%m-%d"),
-        "device": f"{platform.machine()} CPU, 1 thread",
+        "device": f"{_processor()}, 1 thread",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "sdfast": sdfast.__version__,
         "backend": _dispatch.automatic("cpu"),
     }
+
+
+def _processor() -> str:
+    """The processor's name, as the kernel has it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    named = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return named[1].strip() if named else f"{platform.machine()} CPU"

@@ -73,7 +73,9 @@ def page(results: dict[str, Any], headers: Sequence[str], rows: Sequence[Sequenc
     where = f"`{environment['command']}` at {environment['commit']} on {environment['date']}: {versions}."
     for commit in dict.fromkeys(run["commit"] for run in results["runs"] if "commit" in run):
         added = dict.fromkeys(run["method"] for run in results["runs"] if run.get("commit") == commit)
-        where += f" Added by the same command at {commit}: {', '.join(added)}."
+        run = next(run for run in results["runs"] if run.get("commit") == commit)
+        machine = f" on {run['date']}, torch {run['torch']}, {run['device']}" if "device" in run else ""
+        where += f" Added by the same command at {commit}{machine}: {', '.join(added)}."
     lines = "\n".join("| " + " | ".join(row) + " |" for row in table)
     parts = [
         "# Methods",

@@ -73,9 +73,9 @@ def plan(
 
 def check_sizes(chunk_rows: int | None, workspace: int) -> None:
     """Refuses what are no sizes."""
-    if chunk_rows is not None and (not isinstance(chunk_rows, int) or chunk_rows < 1):
+    if chunk_rows is not None and (isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int) or chunk_rows < 1):
         raise ValueError(f"chunk_rows: got {chunk_rows!r}, wanted a positive integer or None")
-    if not isinstance(workspace, int) or workspace < 1:
+    if isinstance(workspace, bool) or not isinstance(workspace, int) or workspace < 1:
         raise ValueError(f"workspace: got {workspace!r}, wanted a positive number of bytes")
 
 

@@ -254,6 +254,59 @@ def test_d2l_turns_where_the_dimension_rises():
     assert method.dimensions == pytest.approx([9.0, 5.0, 4.9, 5.1, 7.0])
 
 
+def test_pro_self_lc_is_the_papers_target_differentiated():
+    method = baselines.pro_self_lc(6.0)
+    for epoch in (0, 5, 9):
+        method.set_epoch(epoch, 10)
+        logits, labels, _ = batch()
+        p = logits.softmax(-1)
+        entropy = -(p * p.log()).sum(-1, keepdim=True)
+        share = (1 - entropy / math.log(CLASSES)) / (1 + math.exp(-6.0 * (epoch / 10 - 0.5)))
+        oracle = kept_mean(soft_cross_entropy(logits, (1 - share) * one_hot(labels) + share * p), labels)
+        assert_same(method, oracle, logits, labels)
+    nothing = torch.full_like(labels, -100)
+    assert method(logits, nothing) == 0
+
+
+def test_self_ensemble_filtering_over_epochs():
+    method = baselines.self_ensemble_filtering(SAMPLES, CLASSES, momentum=0.6, warm_up=2)
+    history = [[] for _ in range(SAMPLES)]
+    for _ in range(12):
+        logits, labels, indices = batch()
+        rows = []
+        for row, label, index in zip(logits, labels.tolist(), indices.tolist(), strict=True):
+            past = history[index]
+            mean = sum(0.6 ** (len(past) - 1 - k) * p for k, p in enumerate(past)) if past else None
+            if label != -100 and (len(past) < 2 or mean.argmax() == label):
+                rows.append(-row.log_softmax(-1)[label])
+            if label != -100:
+                past.append(row.detach().softmax(-1))
+        assert_same(method, torch.stack(rows).mean(), logits, labels, indices)
+        # `assert_same` has called it once, so each prediction has gone in once.
+        assert method.bank.seen.tolist() == [len(past) for past in history]
+
+
+def test_confident_learning_prunes_by_the_confident_joint():
+    given = torch.randint(CLASSES - 1, (SAMPLES,))  # one class has no sample
+    method = baselines.confident_learning(given, CLASSES, warm_up=1)
+    method.set_epoch(0, 5)
+    logits = (2 * torch.randn(SAMPLES, CLASSES, dtype=torch.float64)).requires_grad_()
+    assert_same(method, F.cross_entropy(logits, given), logits, given, torch.arange(SAMPLES))
+    p = logits.detach().softmax(-1).float().tolist()
+    means = {c: [p[i][c] for i in range(SAMPLES) if given[i] == c] for c in range(CLASSES)}
+    pruned = []
+    for i in range(SAMPLES):
+        above = [c for c in range(CLASSES) if means[c] and p[i][c] >= sum(means[c]) / len(means[c])]
+        pruned.append(bool(above) and max(above, key=lambda c: p[i][c]) != given[i])
+    method.set_epoch(1, 5)
+    assert method.pruned.tolist() == pruned
+    kept = ~torch.tensor(pruned)
+    oracle = F.cross_entropy(logits[kept], given[kept])
+    assert_same(method, oracle, logits, given, torch.arange(SAMPLES))
+    method.load_state_dict(baselines.confident_learning(given, CLASSES, warm_up=1).state_dict())
+    assert not method.pruned.any()
+
+
 def test_d2l_alpha_and_loss():
     method = baselines.d2l(neighbours=3, window=2)
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, CLASSES))
@@ -293,10 +346,22 @@ def test_what_is_refused():
         (lambda: baselines.make_method("co-teaching", labels, CLASSES), TypeError, "forget_rate: the method co-teach"),
         (lambda: baselines.co_teaching(1.0), ValueError, r"forget_rate: got 1.0, wanted a number in \[0, 1\)"),
         (lambda: baselines.co_teaching(0.1, warm_up=0), ValueError, "warm_up: got 0, wanted an integer >= 1"),
+        (lambda: baselines.bootstrap_hard(2), ValueError, r"beta: got 2, wanted a number in \[0, 1\]"),
+        (lambda: baselines.bootstrap_soft(-1), ValueError, r"beta: got -1, wanted a number in \[0, 1\]"),
+        (lambda: baselines.label_smoothing(2), ValueError, r"smoothing: got 2, wanted a number in \[0, 1\]"),
+        (lambda: baselines.elr(5, 3, strength=-1), ValueError, "strength: got -1, wanted a finite number >= 0"),
+        (lambda: baselines.elr(5, 3, strength=float("nan")), ValueError, "strength: got nan, wanted a finite number"),
+        (lambda: baselines.joint_optimisation(5, 3, prior_weight=float("nan")), ValueError, "prior_weight: got nan"),
+        (lambda: baselines.selc([0, 1], 3), TypeError, "labels: got list, wanted a torch.Tensor"),
+        (lambda: baselines.pro_self_lc(0), ValueError, "sharpness: got 0, wanted a finite number > 0"),
+        (lambda: baselines.confident_learning(labels + CLASSES, CLASSES), IndexError, "labels: row 0 is "),
+        (lambda: baselines.confident_learning(labels, CLASSES, warm_up=0), ValueError, "warm_up: got 0, wanted an int"),
+        (lambda: baselines.self_ensemble_filtering(4, 3, warm_up=1.5), ValueError, "warm_up: got 1.5, wanted an int"),
+        (lambda: baselines.d2l(window="x"), ValueError, "window: got 'x', wanted an integer >= 2"),
+        (lambda: baselines.d2l(window=1), ValueError, "window: got 1, wanted an integer >= 2"),
         (lambda: baselines.selc(labels, CLASSES, warm_up=-1), ValueError, "warm_up: got -1"),
         (lambda: baselines.ps_kd(4, 3, final_weight=2), ValueError, "final_weight: got 2"),
         (lambda: baselines.joint_optimisation(4, 3, prior_weight=-1), ValueError, "prior_weight: got -1"),
-        (lambda: baselines.d2l(window=1), ValueError, "window: got 0"),
         (lambda: baselines.d2l().watch(nn.ReLU()), ValueError, "model: has no torch.nn.Linear"),
         (lambda: baselines.elr(9, 3)(torch.randn(2, 3), labels[:2]), ValueError, "indices: the method elr keeps"),
         (

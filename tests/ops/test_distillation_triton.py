@@ -18,8 +18,10 @@ from linear_cases import draw
 import sdfast
 
 HERE = Path(__file__).parent
-FILES = ("test_distillation.py", "test_distillation_contract.py", "test_linear_self_distillation.py",
-         "test_linear_distillation.py", "test_distillation_triton.py")  # fmt: skip
+FILES = (
+    "test_distillation.py", "test_distillation_contract.py", "test_linear_self_distillation.py",
+    "test_linear_distillation.py", "test_linear_numbers.py", "test_distillation_triton.py",
+)  # fmt: skip
 
 
 @pytest.mark.timeout(1200)

@@ -227,31 +227,37 @@ def test_moving_never_casts():
     assert list(bank.parameters()) == []
 
 
-def gather_worker(rank, path, top_k):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+def gather_worker(rank, path, top_k, world):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
     generator = torch.Generator().manual_seed(7)
     logits = [torch.randn(20, 6, generator=generator) for _ in range(3)]
     labels = torch.zeros(20, dtype=torch.int64)
     bank, alone = (PredictionBank(20, 6, 0.5, dtype=torch.bfloat16, top_k=top_k) for _ in range(2))
     for epoch, each in enumerate(logits):
         order = torch.randperm(20, generator=generator)  # the samples change hands between epochs
-        mine = order[rank::2]
+        mine = order[rank::world]
         elr_loss(each[mine].requires_grad_(), labels[mine], bank.rows(mine))
         elr_loss(each.detach().requires_grad_(), labels, alone.rows(torch.arange(20)))
         bank.gather()
         assert torch.equal(bank.probabilities(), alone.probabilities()), epoch
         assert torch.equal(bank.seen, alone.seen)
-    twice = torch.tensor([3])  # seen by both, more often by rank 1
+    twice = torch.tensor([3])  # seen by all, most often by the last
     for _ in range(rank + 1):
         elr_loss((logits[0][twice] + rank).requires_grad_(), labels[twice], bank.rows(twice))
     bank.gather()
-    assert bank.seen[3] == alone.seen[3] + 2
+    assert bank.seen[3] == alone.seen[3] + world
+    before = bank.probabilities()
+    bank.gather()  # nobody has seen anything since
+    assert torch.equal(bank.probabilities(), before)
+    with pytest.raises(ValueError, match="num_classes: the processes' banks have from 6 to 7, wanted the same in all"):
+        PredictionBank(20, 7 if rank == 1 else 6).gather()
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("top_k", [None, 2])
-def test_gather_over_two_processes(tmp_path, top_k):
-    torch.multiprocessing.spawn(gather_worker, (str(tmp_path / "store"), top_k), nprocs=2)
+@pytest.mark.parametrize(("top_k", "world"), [(None, 2), (2, 2), (None, 3)])
+def test_gather_over_processes(tmp_path, top_k, world):
+    """Of three, the last has a sample fewer than the others."""
+    torch.multiprocessing.spawn(gather_worker, (str(tmp_path / "store"), top_k, world), nprocs=world)
 
 
 def test_gather_without_processes_is_an_error():
@@ -321,3 +327,5 @@ def test_modules_forward_to_the_functions():
         warnings.simplefilter("error")
         with pytest.raises(ValueError, match="strength: got -1"):
             ELRLoss(bank, strength=-1)
+        with pytest.raises(TypeError, match=r"class_weight: got list, wanted a torch\.Tensor"):
+            ELRLoss(bank, class_weight=[1, 2, 3, 4, 5, 6, 7])

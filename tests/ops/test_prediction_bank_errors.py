@@ -73,7 +73,8 @@ def test_a_bad_label_leaves_the_bank_alone(backend):
         (lambda b: elr_loss(LOGITS, LABELS, b.rows(INDICES), clamp=0.5), ValueError, "clamp: got 0.5"),
         (lambda b: elr_loss(LOGITS, LABELS, b.rows(INDICES), reduction="max"), ValueError, "reduction: got 'max'"),
         (lambda b: elr_loss(LOGITS, LABELS[:3], b.rows(INDICES)), ValueError, "labels: got int64 of shape (3,)"),
-        (lambda b: self_distillation_loss(LOGITS, LABELS, 0.5, source=b), TypeError, "source: got PredictionBank"),
+        (lambda b: self_distillation_loss(LOGITS, LABELS, 0.5, source=b), TypeError,
+         "source: got PredictionBank, wanted a tensor, bank.rows(indices) of a sdfast.PredictionBank or a sdfast.Cl"),
         (lambda b: self_distillation_loss(LOGITS, LABELS, 0.5, source=b.rows(INDICES[None])), ValueError,
          "indices: got shape (1, 4), wanted (4,)"),
         (lambda b: self_distillation_loss(LOGITS, LOGITS, 0.5, source=b.rows(INDICES), loss="mse", label_fn="identity"),
@@ -101,6 +102,16 @@ def test_a_bad_label_leaves_the_bank_alone(backend):
         (lambda b: b.load_state_dict({**b.state_dict(), "_extra_state": {"momentum": 0.9}}), ValueError,
          "state: got {'momentum': 0.9}, wanted the settings"),
         (lambda b: b.start_from(LABELS), ValueError, "labels: got shape (4,)"),
+        (lambda b: PredictionBank(5, 5, device="gpu"), ValueError, "device: got 'gpu', wanted a torch.device or its"),
+        (lambda b: PredictionBank(5, 5, device=3.5), ValueError, "device: got 3.5, wanted a torch.device or its name"),
+        (lambda b: b.load_state_dict(PredictionBank(7, 5).state_dict()), ValueError,
+         "num_samples: the saved bank has 7, this one 6"),
+        (lambda b: b.load_state_dict(PredictionBank(6, 4).state_dict()), ValueError,
+         "num_classes: the saved bank has 4, this one 5"),
+        (lambda b: PredictionBank(6, 5, top_k=2).load_state_dict(PredictionBank(6, 9, top_k=2).state_dict()),
+         ValueError, "num_classes: the saved bank has 9, this one 5"),
+        (lambda b: b.load_state_dict(PredictionBank(6, 5, dtype=torch.float64).state_dict()), ValueError,
+         "dtype: the saved bank has float64, this one float32, which would round its rows"),
     ],
 )  # fmt: skip
 def test_a_sentence_that_names_the_argument(call, error, message):
@@ -108,3 +119,23 @@ def test_a_sentence_that_names_the_argument(call, error, message):
         call(PredictionBank(6, 5))
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+def test_a_state_that_is_refused_changes_nothing():
+    """Neither rows nor counts: torch would have copied what fits before it complained."""
+    bank, other = PredictionBank(6, 5), PredictionBank(6, 5, 0.5)
+    other.predictions.fill_(0.2)
+    other.seen.fill_(3)
+    with pytest.raises(ValueError, match=r"momentum: the saved bank has 0\.5, this one 0\.9"):
+        bank.load_state_dict(other.state_dict())
+    assert bank.seen.sum() == 0
+    assert bank.predictions.sum() == 0
+
+
+def test_a_wider_bank_takes_the_rows_of_a_narrower_one():
+    narrow, wide = PredictionBank(6, 5, dtype=torch.bfloat16), PredictionBank(6, 5, dtype=torch.float64)
+    narrow.predictions.copy_(torch.rand(6, 5))
+    wide.load_state_dict(narrow.state_dict())
+    assert torch.equal(wide.predictions, narrow.predictions.double())
+    with pytest.raises(ValueError, match="dtype: the saved bank has float64, this one bfloat16, which would round"):
+        narrow.load_state_dict(wide.state_dict())

@@ -5,14 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdfast import _checks, _dispatch
+from sdfast import _checks, _devices, _dispatch
 from sdfast.ops.prediction_bank import gathering, inspection
 from sdfast.ops.prediction_bank.description import ORDERS, BankDescription
 from sdfast.ops.prediction_bank.inspection import SuspectedLabels
 from sdfast.ops.prediction_bank.storage import Storage, read_rows, sparse_rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-SETTINGS = ("momentum", "order", "bias_correction", "warm_up", "top_k")
+SETTINGS = ("num_samples", "num_classes", "momentum", "order", "bias_correction", "warm_up", "top_k")
 
 
 class PredictionBank(nn.Module):
@@ -94,6 +94,8 @@ class PredictionBank(nn.Module):
         if dtype not in DTYPES:
             raise TypeError(f"dtype: got {dtype}, wanted torch.float32, torch.bfloat16 or torch.float64")
         _checks.check_option("order", order, ORDERS)
+        if device is not None:
+            device = _devices.named(device)
         for name, flag in (("bias_correction", bias_correction), ("unique", unique)):
             if not isinstance(flag, bool):
                 raise TypeError(f"{name}: got {flag!r}, wanted True or False")
@@ -236,6 +238,7 @@ class PredictionBank(nn.Module):
 
         Raises:
             RuntimeError: torch.distributed is not initialised.
+            ValueError: The processes' banks are of different sizes.
         """
         gathering.gather(self, group)
 
@@ -262,6 +265,16 @@ class PredictionBank(nn.Module):
         for name in SETTINGS:
             if state[name] != getattr(self, name):
                 raise ValueError(f"{name}: the saved bank has {state[name]!r}, this one {getattr(self, name)!r}")
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *arguments: Any) -> None:
+        # Before any tensor is copied: torch would fill what fits of another bank, and round the rest.
+        if f"{prefix}_extra_state" in state_dict:
+            self.set_extra_state(state_dict[f"{prefix}_extra_state"])
+        saved, own = state_dict.get(f"{prefix}predictions", self.predictions), self.predictions
+        if torch.promote_types(saved.dtype, own.dtype) != own.dtype:
+            kept, given = _checks.dtype_name(own), _checks.dtype_name(saved)
+            raise ValueError(f"dtype: the saved bank has {given}, this one {kept}, which would round its rows")
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
         """What was given to the constructor."""

@@ -17,6 +17,7 @@ def gather(bank: "PredictionBank", group: Any) -> None:
     if not distributed.is_available() or not distributed.is_initialized():
         raise RuntimeError("gather: torch.distributed is not initialised; call init_process_group")
     world, rank = distributed.get_world_size(group), distributed.get_rank(group)
+    _refuse_banks_of_other_sizes(bank, group)
     # The most predictions since last time first, then the lowest rank.
     claim = (bank.seen - bank._seen_at_gather).long() * world + (world - 1 - rank)
     highest = claim.clone()
@@ -34,3 +35,16 @@ def gather(bank: "PredictionBank", group: Any) -> None:
             distributed.all_reduce(rows, group=group)
             tensor[part] = rows.to(tensor.dtype)
     bank._seen_at_gather.copy_(bank.seen)
+
+
+def _refuse_banks_of_other_sizes(bank: "PredictionBank", group: Any) -> None:
+    """On every process alike: sums over tensors of other sizes hang, or add up rows of different samples."""
+    own = torch.tensor([bank.num_samples, bank.num_classes, bank.top_k or 0], device=bank.seen.device)
+    extremes = torch.cat([own, -own])
+    torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX, group=group)
+    largest, smallest = extremes[:3], -extremes[3:]
+    for name, low, high in zip(
+        ("num_samples", "num_classes", "top_k"), smallest.tolist(), largest.tolist(), strict=True
+    ):
+        if low != high:
+            raise ValueError(f"{name}: the processes' banks have from {low} to {high}, wanted the same in all")

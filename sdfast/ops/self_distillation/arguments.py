@@ -308,6 +308,9 @@ def source_rows(source: Tensor | ClassPrior | BankRows, logits: Tensor, label_fn
         if label_fn != "softmax":
             raise ValueError(f"label_fn: got {label_fn!r}, but a ClassPrior is a distribution and wants 'softmax'")
         source = source.logits(logits)
+    if not isinstance(source, Tensor):
+        wanted = "a tensor, bank.rows(indices) of a sdfast.PredictionBank or a sdfast.ClassPrior"
+        raise TypeError(f"source: got {type(source).__name__}, wanted {wanted}")
     return _checks.rows_beside("source", source, logits)
 
 
