@@ -27,6 +27,9 @@ from sdfast.ntk.randomness import refuse_randomness
 from sdfast.ntk.record import Lengths, Record, resolved
 from sdfast.ntk.sample_rows import PathChangedError
 
+_CACHED = 2**16  # entries
+_LOST = 1e-24  # a sum of squares below it may have lost those that its dtype cannot hold
+_NORMALS = 8191  # that the jitter of a large parameter repeats: a prime, so that rows differ
 READS = 8  # further samples on which a value that is read must stay the same
 UNSEEN = "used where no torch function shows it: in a scripted module, or a custom autograd.Function"
 
@@ -289,7 +292,9 @@ def _materialised(sources: Mapping[str, Tensor], gradients: Sequence[Tensor | No
     }
 
 
-def _compare(exact: Mapping[str, Tensor], rows: Mapping[str, Tensor], sample: int, findings: Findings) -> None:
+def _compare(
+    exact: Mapping[str, Tensor], rows: Mapping[str, Tensor], sample: int, findings: Findings, what: str = "gradient"
+) -> None:
     """Parameters whose captured gradient differs are looped."""
     dense = {name: gradient.to_dense() if gradient.is_sparse else gradient for name, gradient in exact.items()}
     norms = {name: _norm(gradient) for name, gradient in dense.items()}
@@ -298,23 +303,48 @@ def _compare(exact: Mapping[str, Tensor], rows: Mapping[str, Tensor], sample: in
         double = gradient.dtype == torch.float64
         captured = rows[name][sample] if name in rows else torch.zeros_like(gradient)
         allowed = (1e-9 if double else 1e-3) * norms[name] + (1e-11 if double else 1e-5) * total
-        if _norm(captured - gradient) > allowed or not torch.equal(captured.isfinite(), gradient.isfinite()):
-            findings.looped.setdefault(
-                name, UNSEEN if name not in rows else "its captured gradient differs from autograd's"
-            )
+        if not _alike(captured, gradient, allowed):
+            findings.looped.setdefault(name, UNSEEN if name not in rows else f"its captured {what} differs from autograd's")
+
+
+def _alike(captured: Tensor, gradient: Tensor, allowed: float) -> bool:
+    """Whether they are no further apart than that, and finite in the same places."""
+    square = _square(captured, gradient)
+    if square < math.inf and max(square, _LOST) <= allowed**2:
+        return True  # a finite sum of squared differences: both are finite throughout
+    if not torch.equal(captured.isfinite(), gradient.isfinite()):
+        return False
+    return _exact_norm(captured - gradient) <= allowed
 
 
 def _norm(gradient: Tensor) -> float:
-    """In float64, of the finite entries."""
-    norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
-    return norm if math.isfinite(norm) else float(torch.nan_to_num(gradient, 0, 0, 0).double().norm())
+    """Of the finite entries."""
+    square = _square(gradient)
+    return math.sqrt(square) if _LOST < square < math.inf else _exact_norm(gradient)
+
+
+def _exact_norm(gradient: Tensor) -> float:
+    """Of the finite entries, in float64: for what is too large or too small to be squared in its own dtype."""
+    return float(torch.linalg.vector_norm(torch.nan_to_num(gradient.double(), 0, 0, 0)))
+
+
+def _square(tensor: Tensor, minus: Tensor | None = None) -> float:
+    """The squared norm of a tensor, or of a difference; not finite where an entry is not, or a square is too large.
+
+    Summed in the entries' own dtype over pieces that stay in the cache, and over these in float64.
+    """
+    sides = [side.reshape(-1).split(_CACHED) for side in ((tensor,) if minus is None else (tensor, minus))]
+    pieces = sides[0] if minus is None else map(torch.sub, *sides)
+    return sum(float(torch.dot(piece, piece)) for piece in pieces)
 
 
 def _jittered(value: Tensor, generator: torch.Generator) -> Tensor:
     """Other values of the same signs; zeros become small numbers, so that they block no gradient."""
-    noise = torch.randn(value.shape, generator=generator, dtype=torch.float64, device="cpu").to(value)
-    scaled = value.detach() * (1 + 0.1 * noise.clamp(-3, 3))
-    return torch.where(scaled == 0, 0.1 * noise, scaled).requires_grad_()
+    drawn = torch.randn(min(value.numel(), _NORMALS), generator=generator, dtype=torch.float64, device="cpu")
+    noise = drawn.to(value).repeat(-(-value.numel() // _NORMALS))[: value.numel()].view(value.shape)
+    scaled = value.detach() * noise.clamp(-3, 3).mul_(0.1).add_(1)
+    zero = scaled == 0
+    return (torch.where(zero, 0.1 * noise, scaled) if zero.any() else scaled).requires_grad_()
 
 
 def _copies(tensors: Mapping[int | str, Tensor]) -> dict[int | str, Tensor]:
