@@ -1,5 +1,6 @@
 """Parameters in groups whose gradients fit in memory, and the gradients of all samples for one group at a time."""
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -146,12 +147,19 @@ def collect(source: Source, group: Group) -> Iterator[Block | int]:
     rows = torch.empty(source.classes, source.samples, group.width, dtype=first.dtype, device=first.device)
     factors = {name: _empty_factors(source, name, first) for name in group.factored}
     wanted = list(dict.fromkeys(piece.parameter for piece in group.pieces))
-    for chunk in source.chunks(wanted, group.factored):
+    places = list(itertools.accumulate((piece.stop - piece.start for piece in group.pieces), initial=0))
+    panels = {
+        piece: rows[:, :, first:last]
+        for piece, (first, last) in zip(group.pieces, itertools.pairwise(places), strict=True)
+    }
+    whole = {
+        name: panel for (name, start, stop), panel in panels.items() if stop - start == source.parameters[name].numel()
+    }
+    for chunk in source.chunks(wanted, group.factored, whole):
         part = slice(chunk.start, chunk.stop)
-        offset = 0
-        for name, start, stop in group.pieces:
-            rows[chunk.output, part, offset : offset + stop - start] = chunk.rows[name][:, start:stop]
-            offset += stop - start
+        for (name, start, stop), panel in panels.items():
+            if name not in whole:
+                panel[chunk.output, part] = chunk.rows[name][:, start:stop]
         for name, (a, b) in chunk.factors.items():
             if a.shape[1:] != factors[name][0].shape[1:]:
                 raise PathChangedError(f"{name} came with {a.shape[1]} positions")

@@ -304,7 +304,8 @@ def _compare(
         captured = rows[name][sample] if name in rows else torch.zeros_like(gradient)
         allowed = (1e-9 if double else 1e-3) * norms[name] + (1e-11 if double else 1e-5) * total
         if not _alike(captured, gradient, allowed):
-            findings.looped.setdefault(name, UNSEEN if name not in rows else f"its captured {what} differs from autograd's")
+            differs = f"its captured {what} differs from autograd's"
+            findings.looped.setdefault(name, differs if name in rows else UNSEEN)
 
 
 def _alike(captured: Tensor, gradient: Tensor, allowed: float) -> bool:

@@ -98,6 +98,23 @@ class Rule:
         """
         raise NotImplementedError
 
+    def rows_in(
+        self, call: Call, gradient: Tensor, output: int, wanted: Sequence[int], places: Mapping[int, Tensor]
+    ) -> dict[int, Tensor]:
+        """What `rows` gives, written where it is to be if the rule can: saves a copy.
+
+        Args:
+            call: See `rows`.
+            gradient: See `rows`.
+            output: See `rows`.
+            wanted: See `rows`.
+            places: Of some of the wanted: (samples, *shape of the parameter), entries of a sample side by side.
+
+        Returns:
+            As `rows`: of each either the very tensor of `places`, filled, or another that is left to be copied.
+        """
+        return self.rows(call, gradient, output, wanted)
+
     def factors(self, call: Call, gradient: Tensor) -> tuple[Tensor, Tensor] | None:
         """The weight's gradient of sample i as Σ_t b_it ⊗ a_it.
 
@@ -132,6 +149,7 @@ class NamedRule(Rule):
     """A rule for one function signature: `arguments` names what the caller gave, `row` serves one parameter."""
 
     taps_in_place = True
+    takes_out = False  # whether `row` has a fifth argument: where to write, or None
 
     @staticmethod
     def arguments(*args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -153,6 +171,20 @@ class NamedRule(Rule):
         split = call.split_gradient(gradient, output)
         return {
             value.place: self.row(call, given, name, split)
+            for name, value in given.items()
+            if isinstance(value, Slot) and value.place in wanted
+        }
+
+    def rows_in(
+        self, call: Call, gradient: Tensor, output: int, wanted: Sequence[int], places: Mapping[int, Tensor]
+    ) -> dict[int, Tensor]:
+        """See `Rule.rows_in`."""
+        if not self.takes_out:
+            return self.rows(call, gradient, output, wanted)
+        given = self.bound(call)
+        split = call.split_gradient(gradient, output)
+        return {
+            value.place: self.row(call, given, name, split, places.get(value.place))  # type: ignore[call-arg]
             for name, value in given.items()
             if isinstance(value, Slot) and value.place in wanted
         }
