@@ -155,16 +155,20 @@ def collect(source: Source, group: Group) -> Iterator[Block | int]:
     whole = {
         name: panel for (name, start, stop), panel in panels.items() if stop - start == source.parameters[name].numel()
     }
+    delivered: set[str] = set()
     for chunk in source.chunks(wanted, group.factored, whole):
         part = slice(chunk.start, chunk.stop)
         for (name, start, stop), panel in panels.items():
             if name not in whole:
                 panel[chunk.output, part] = chunk.rows[name][:, start:stop]
+        delivered = delivered if chunk.output else set()
         for name, (a, b) in chunk.factors.items():
             if a.shape[1:] != factors[name][0].shape[1:]:
                 raise PathChangedError(f"{name} came with {a.shape[1]} positions")
-            factors[name][0][part] = a
+            if name not in delivered:  # of the micro-batch, by an earlier output: A is the same for all
+                factors[name][0][part] = a
             factors[name][1][chunk.output, part] = b
+        delivered = delivered | chunk.factors.keys()
         yield chunk.stop
     yield Block(rows, factors)
 

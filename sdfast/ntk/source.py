@@ -147,7 +147,7 @@ class Source:
             raise PathChangedError(f"no gradient of {', '.join(sorted(missing))} came")
 
     def model_output(self) -> Tensor:
-        """What the model gave for all samples, once `chunks` went through them; it has to be a tensor (samples, ...)."""
+        """What the model gave for all samples once `chunks` went through them: it has to give tensors (samples, ...)."""
         return torch.cat([*(self.kept or {}).values()])
 
     @torch.no_grad()

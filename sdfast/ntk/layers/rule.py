@@ -51,6 +51,7 @@ class Call:
         self.function, self.name, self.flat, self.spec = function, name, flat, spec
         self.tracked, self.inputs, self.outputs, self.samples = tracked, inputs, outputs, samples
         self.works_in_place = changes_first_argument(name)
+        self.bound: tuple[Any, dict[str, Any]] | None = None  # by `NamedRule.bound`
 
     def slots(self) -> tuple[tuple, dict]:
         """The arguments as the caller gave them, each tensor replaced by its `Slot`."""
@@ -158,8 +159,10 @@ class NamedRule(Rule):
 
     def bound(self, call: Call) -> dict[str, Any]:
         """The arguments of the call by name; tensors are slots."""
-        args, kwargs = call.slots()
-        return self.arguments(*args, **kwargs)
+        if call.bound is None or call.bound[0] is not self:  # asked for by every backward pass
+            args, kwargs = call.slots()
+            call.bound = self, self.arguments(*args, **kwargs)
+        return call.bound[1]
 
     def row(self, call: Call, given: dict[str, Any], name: str, gradient: Tensor) -> Tensor:
         """Gradient per sample of the parameter of this name, from the split gradient (samples, ...)."""
