@@ -144,7 +144,7 @@ def collect(source: Source, group: Group) -> Iterator[Block | int]:
         PathChangedError: A layer has another number of positions than on the probe.
     """
     first = next(iter(source.parameters.values()))
-    rows = torch.empty(source.classes, source.samples, group.width, dtype=first.dtype, device=first.device)
+    rows = source.panel(group.width)
     factors = {name: _empty_factors(source, name, first) for name in group.factored}
     wanted = list(dict.fromkeys(piece.parameter for piece in group.pieces))
     places = list(itertools.accumulate((piece.stop - piece.start for piece in group.pieces), initial=0))

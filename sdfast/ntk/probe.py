@@ -2,10 +2,10 @@
 
 Two guards stand on it. (a) No sample's output may change with another sample, its place or their number, but by batch
 norm in training mode; where the samples of an operation cannot be told apart, its parameters are differentiated one
-sample at a time. (b) The
-gradients captured for the three samples are compared with `autograd.grad`, once with jittered parameters, so that a
-zero-initialised layer hides nothing, and once with the model as it is and no mode at work. A parameter whose gradient
-differs, used in a scripted module for instance, is differentiated one sample at a time too. Nothing is left out.
+sample at a time. (b) The gradients captured for the three samples are compared with `autograd.grad`, once with jittered
+parameters, so that a zero-initialised layer hides nothing, and once with the model as it is and no mode at work; there
+the factors of a layer that may be contracted stand for its gradient. A parameter that differs, used in a scripted
+module for instance, is differentiated one sample at a time too. Nothing is left out.
 """
 
 import math
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from sdfast.ntk import inputs as feeding
 from sdfast.ntk.capture import Capture, Origin, ParameterMode, Seen, Step
+from sdfast.ntk.costs import may_serve
 from sdfast.ntk.coupling import refuse_coupled_gradients, refuse_coupling, refuse_places
+from sdfast.ntk.factors import backward_factors
 from sdfast.ntk.inputs import Inputs
 from sdfast.ntk.layers import GENERIC, LOOP, Call
 from sdfast.ntk.layers.generic import CANNOT_VMAP
@@ -223,7 +225,8 @@ def _guard(
     weights = torch.randn(columns.shape, generator=generator, dtype=torch.float64, device="cpu").to(columns)
     rows = mode.gradients((columns * weights).sum(), True) if isinstance(mode, Capture) else {}
     if values is None:
-        _compare(_exact((plain * weights).sum(1)[1], captured), rows, 1, findings)
+        exact = _exact((plain * weights).sum(1)[1], captured)
+        _compare(exact, rows, 1, findings, mode.factors if isinstance(mode, Capture) else {})
     else:
         scalars = (columns * weights).sum(1)
         jittered = {name: values[name] for name in captured}
@@ -236,7 +239,8 @@ def _guard(
         for name, uses in mode.uses.items():
             findings.rules[name] = list(dict.fromkeys(rule for rule, _ in uses))
             factors = uses[0][1]
-            if len(uses) == 1 and factors is not None:
+            sizes = (parameters[name].numel(), outputs.form, outputs.classes)
+            if len(uses) == 1 and factors is not None and may_serve(factors, *sizes):
                 findings.factors[name] = factors
             else:
                 findings.factors.pop(name, None)
@@ -251,6 +255,7 @@ def _mode(
         captured,
         findings.steps,
         3,
+        frozenset(findings.factors if values is None else ()) & captured.keys(),
         findings=findings,
         values=None if values is None else {n: values[n] for n in captured},
     )
@@ -293,19 +298,34 @@ def _materialised(sources: Mapping[str, Tensor], gradients: Sequence[Tensor | No
 
 
 def _compare(
-    exact: Mapping[str, Tensor], rows: Mapping[str, Tensor], sample: int, findings: Findings, what: str = "gradient"
+    exact: Mapping[str, Tensor],
+    rows: Mapping[str, Tensor],
+    sample: int,
+    findings: Findings,
+    factors: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> None:
-    """Parameters whose captured gradient differs are looped."""
+    """Parameters whose captured gradient, or what their captured factors stand for, differs are looped."""
     dense = {name: gradient.to_dense() if gradient.is_sparse else gradient for name, gradient in exact.items()}
     norms = {name: _norm(gradient) for name, gradient in dense.items()}
     total = math.hypot(*norms.values())
     for name, gradient in dense.items():
         double = gradient.dtype == torch.float64
-        captured = rows[name][sample] if name in rows else torch.zeros_like(gradient)
         allowed = (1e-9 if double else 1e-3) * norms[name] + (1e-11 if double else 1e-5) * total
-        if not _alike(captured, gradient, allowed):
-            differs = f"its captured {what} differs from autograd's"
-            findings.looped.setdefault(name, differs if name in rows else UNSEEN)
+        if factors and name in factors:
+            product = _product_of(factors[name], sample, gradient)
+            # A gradient's products are those of its transpose, and a rule's factors may stand for either.
+            seen, alike = "factors", any(_alike(side, gradient, allowed) for side in (product, product.mT))
+        else:
+            captured = rows[name][sample] if name in rows else torch.zeros_like(gradient)
+            seen, alike = "gradient" if name in rows else "", _alike(captured, gradient, allowed)
+        if not alike:
+            findings.looped.setdefault(name, f"its captured {seen} differs from autograd's" if seen else UNSEEN)
+
+
+def _product_of(factors: tuple[Tensor, Tensor], sample: int, like: Tensor) -> Tensor:
+    """What the factors of one sample stand for."""
+    a, b = (side[sample : sample + 1] for side in factors)
+    return backward_factors(a, b[None], b.new_ones(1, 1, 1), len(like))[0]
 
 
 def _alike(captured: Tensor, gradient: Tensor, allowed: float) -> bool:

@@ -18,6 +18,7 @@ from sdfast.ntk.sample_rows import PathChangedError
 from sdfast.ntk.source import Source, select_parameters
 from sdfast.ntk.unchanged import unchanged
 
+_HELD = 2**28  # bytes that may be kept from matrix to matrix
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -35,6 +36,7 @@ class RepeatedGram:
         self._findings: Findings | None = None
         self._outputs = Outputs(outputs)
         self._state: list[Any] = []
+        self._spare: Tensor | None = None
 
     def __call__(self, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         """H of the model as it is, and what its passes gave on the way.
@@ -54,17 +56,31 @@ class RepeatedGram:
             if self._findings is not None and self.reused + 1 < self.afresh and state == self._state:
                 self.reused += 1
                 try:
-                    source = Source(model, inputs, self._outputs, parameters, None, self._findings, keep_outputs=True)
-                    return gram_of(source, found_before=True), source.model_output()
+                    return self._matrix(Source(model, inputs, self._outputs, parameters, None, self._findings,
+                                               keep_outputs=True, spare=self._spare), found_before=True)  # fmt: skip
                 except PathChangedError:
                     pass  # the findings hold no longer: probed below as if for the first time
+            self._spare = None
             self._findings, self._outputs, self._state, self.reused = None, Outputs(self.asked), state, 0
             source = Source(model, inputs, self._outputs, parameters, None, keep_outputs=True)
-            result = gram_of(source, found_before=False), source.model_output()
+            result = self._matrix(source, found_before=False)
             found = source.findings
             if not (found.reads or found.all_looped or found.batch_norm_trains):
-                self._findings = found
+                self._findings, self._spare = found, self._memory(source)
         return result
+
+    @staticmethod
+    def _matrix(source: Source, found_before: bool) -> tuple[Tensor, Tensor]:
+        return gram_of(source, found_before), source.model_output()
+
+    @staticmethod
+    def _memory(source: Source) -> Tensor | None:
+        """For the panel of the next time, where that is not too much to hold while a model trains.
+
+        Memory fresh from the system costs more than the gradients that are written to it.
+        """
+        first = next(iter(source.parameters.values()))
+        return first.new_empty(source.widest) if source.widest * first.element_size() <= _HELD else None
 
 
 def state_of(model: nn.Module, x: Tensor) -> list[Any]:

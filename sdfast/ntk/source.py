@@ -1,6 +1,7 @@
 """Gradients per sample of a model on given inputs, micro-batch by micro-batch, for any selection of its parameters."""
 
 import fnmatch
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -55,6 +56,7 @@ class Source:
         batch_size: Samples of a micro-batch, or ``None``.
         findings: Of the probe on other inputs of this model; ``None`` to probe these.
         keep_outputs: Keep what the model gives for each micro-batch, for `model_output`.
+        spare: Memory for one panel of gradients, which every pass may overwrite.
 
     Raises:
         ValueError: Batch norm in training mode, and a batch size below the number of samples.
@@ -69,12 +71,13 @@ class Source:
         batch_size: int | None,
         findings: Findings | None = None,
         keep_outputs: bool = False,
+        spare: Tensor | None = None,
     ) -> None:
         self.model, self.inputs, self.outputs, self.parameters = model, inputs, outputs, parameters
         self.findings: Findings = probe(model, inputs, outputs, parameters) if findings is None else findings
         # What the probe saw is known of its own inputs; batch norm in training mode changes it with the batch.
         self.answers = self.findings.answers if findings is None and not self.findings.batch_norm_trains else {}
-        self.samples = inputs.samples
+        self.samples, self.spare, self.widest = inputs.samples, spare, 0
         self.kept: dict[int, Tensor] | None = {} if keep_outputs else None
         self.batch_size = min(self._usual_batch_size() if batch_size is None else batch_size, self.samples)
         if self.findings.batch_norm_trains:
@@ -146,8 +149,17 @@ class Source:
         if missing:
             raise PathChangedError(f"no gradient of {', '.join(sorted(missing))} came")
 
+    def panel(self, width: int) -> Tensor:
+        """Uninitialised rows for all samples (classes, samples, width), in the spare memory where they fit."""
+        shape = (self.classes, self.samples, width)
+        self.widest = max(self.widest, math.prod(shape))
+        if self.spare is not None and self.spare.numel() >= math.prod(shape):
+            return self.spare[: math.prod(shape)].view(shape)
+        first = next(iter(self.parameters.values()))
+        return torch.empty(shape, dtype=first.dtype, device=first.device)
+
     def model_output(self) -> Tensor:
-        """What the model gave for all samples once `chunks` went through them: it has to give tensors (samples, ...)."""
+        """What the model gave for all samples, once `chunks` went through them; it has to be tensors (samples, ...)."""
         return torch.cat([*(self.kept or {}).values()])
 
     @torch.no_grad()
