@@ -8,7 +8,6 @@ the factors of a layer that may be contracted stand for its gradient. A paramete
 module for instance, is differentiated one sample at a time too. Nothing is left out.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,9 +17,9 @@ from torch import Tensor, nn
 
 from sdfast.ntk import inputs as feeding
 from sdfast.ntk.capture import Capture, Origin, ParameterMode, Seen, Step
+from sdfast.ntk.comparison import UNSEEN, loop_what_differs
 from sdfast.ntk.costs import may_serve
 from sdfast.ntk.coupling import refuse_coupled_gradients, refuse_coupling, refuse_places
-from sdfast.ntk.factors import backward_factors
 from sdfast.ntk.inputs import Inputs
 from sdfast.ntk.layers import GENERIC, LOOP, Call
 from sdfast.ntk.layers.generic import CANNOT_VMAP
@@ -29,11 +28,8 @@ from sdfast.ntk.randomness import refuse_randomness
 from sdfast.ntk.record import Lengths, Record, resolved
 from sdfast.ntk.sample_rows import PathChangedError
 
-_CACHED = 2**16  # entries
-_LOST = 1e-24  # a sum of squares below it may have lost those that its dtype cannot hold
 _NORMALS = 8191  # that the jitter of a large parameter repeats: a prime, so that rows differ
 READS = 8  # further samples on which a value that is read must stay the same
-UNSEEN = "used where no torch function shows it: in a scripted module, or a custom autograd.Function"
 
 
 @dataclass
@@ -226,14 +222,14 @@ def _guard(
     rows = mode.gradients((columns * weights).sum(), True) if isinstance(mode, Capture) else {}
     if values is None:
         exact = _exact((plain * weights).sum(1)[1], captured)
-        _compare(exact, rows, 1, findings, mode.factors if isinstance(mode, Capture) else {})
+        loop_what_differs(exact, rows, 1, findings.looped, mode.factors if isinstance(mode, Capture) else {})
     else:
         scalars = (columns * weights).sum(1)
         jittered = {name: values[name] for name in captured}
         exact = _find_unused(scalars[0], parameters, values, findings)
-        _compare({name: exact[name] for name in captured}, rows, 0, findings)
+        loop_what_differs({name: exact[name] for name in captured}, rows, 0, findings.looped)
         for sample in (1, 2):
-            _compare(_exact(scalars[sample], jittered), rows, sample, findings)
+            loop_what_differs(_exact(scalars[sample], jittered), rows, sample, findings.looped)
     if isinstance(mode, _Trial):
         findings.work = mode.work
         for name, uses in mode.uses.items():
@@ -297,75 +293,18 @@ def _materialised(sources: Mapping[str, Tensor], gradients: Sequence[Tensor | No
     }
 
 
-def _compare(
-    exact: Mapping[str, Tensor],
-    rows: Mapping[str, Tensor],
-    sample: int,
-    findings: Findings,
-    factors: Mapping[str, tuple[Tensor, Tensor]] | None = None,
-) -> None:
-    """Parameters whose captured gradient, or what their captured factors stand for, differs are looped."""
-    dense = {name: gradient.to_dense() if gradient.is_sparse else gradient for name, gradient in exact.items()}
-    norms = {name: _norm(gradient) for name, gradient in dense.items()}
-    total = math.hypot(*norms.values())
-    for name, gradient in dense.items():
-        double = gradient.dtype == torch.float64
-        allowed = (1e-9 if double else 1e-3) * norms[name] + (1e-11 if double else 1e-5) * total
-        if factors and name in factors:
-            product = _product_of(factors[name], sample, gradient)
-            # A gradient's products are those of its transpose, and a rule's factors may stand for either.
-            seen, alike = "factors", any(_alike(side, gradient, allowed) for side in (product, product.mT))
-        else:
-            captured = rows[name][sample] if name in rows else torch.zeros_like(gradient)
-            seen, alike = "gradient" if name in rows else "", _alike(captured, gradient, allowed)
-        if not alike:
-            findings.looped.setdefault(name, f"its captured {seen} differs from autograd's" if seen else UNSEEN)
-
-
-def _product_of(factors: tuple[Tensor, Tensor], sample: int, like: Tensor) -> Tensor:
-    """What the factors of one sample stand for."""
-    a, b = (side[sample : sample + 1] for side in factors)
-    return backward_factors(a, b[None], b.new_ones(1, 1, 1), len(like))[0]
-
-
-def _alike(captured: Tensor, gradient: Tensor, allowed: float) -> bool:
-    """Whether they are no further apart than that, and finite in the same places."""
-    square = _square(captured, gradient)
-    if square < math.inf and max(square, _LOST) <= allowed**2:
-        return True  # a finite sum of squared differences: both are finite throughout
-    if not torch.equal(captured.isfinite(), gradient.isfinite()):
-        return False
-    return _exact_norm(captured - gradient) <= allowed
-
-
-def _norm(gradient: Tensor) -> float:
-    """Of the finite entries."""
-    square = _square(gradient)
-    return math.sqrt(square) if _LOST < square < math.inf else _exact_norm(gradient)
-
-
-def _exact_norm(gradient: Tensor) -> float:
-    """Of the finite entries, in float64: for what is too large or too small to be squared in its own dtype."""
-    return float(torch.linalg.vector_norm(torch.nan_to_num(gradient.double(), 0, 0, 0)))
-
-
-def _square(tensor: Tensor, minus: Tensor | None = None) -> float:
-    """The squared norm of a tensor, or of a difference; not finite where an entry is not, or a square is too large.
-
-    Summed in the entries' own dtype over pieces that stay in the cache, and over these in float64.
-    """
-    sides = [side.reshape(-1).split(_CACHED) for side in ((tensor,) if minus is None else (tensor, minus))]
-    pieces = sides[0] if minus is None else map(torch.sub, *sides)
-    return sum(float(torch.dot(piece, piece)) for piece in pieces)
-
-
 def _jittered(value: Tensor, generator: torch.Generator) -> Tensor:
     """Other values of the same signs; zeros become small numbers, so that they block no gradient."""
     drawn = torch.randn(min(value.numel(), _NORMALS), generator=generator, dtype=torch.float64, device="cpu")
-    noise = drawn.to(value).repeat(-(-value.numel() // _NORMALS))[: value.numel()].view(value.shape)
-    scaled = value.detach() * noise.clamp(-3, 3).mul_(0.1).add_(1)
+    scaled = value.detach() * _repeated(1 + 0.1 * drawn.clamp(-3, 3), value)
     zero = scaled == 0
-    return (torch.where(zero, 0.1 * noise, scaled) if zero.any() else scaled).requires_grad_()
+    return (torch.where(zero, _repeated(0.1 * drawn, value), scaled) if zero.any() else scaled).requires_grad_()
+
+
+def _repeated(numbers: Tensor, like: Tensor) -> Tensor:
+    """As many as `like` has, in its shape."""
+    count = -(-like.numel() // max(1, len(numbers)))
+    return numbers.to(like).repeat(count)[: like.numel()].view(like.shape)
 
 
 def _copies(tensors: Mapping[int | str, Tensor]) -> dict[int | str, Tensor]:
