@@ -236,7 +236,8 @@ def _guard(
             findings.rules[name] = list(dict.fromkeys(rule for rule, _ in uses))
             factors = uses[0][1]
             sizes = (parameters[name].numel(), outputs.form, outputs.classes)
-            if len(uses) == 1 and factors is not None and may_serve(factors, *sizes):
+            compared = values is not None or name in mode.factors  # those that stay have been, by the second guard
+            if len(uses) == 1 and factors is not None and may_serve(factors, *sizes) and compared:
                 findings.factors[name] = factors
             else:
                 findings.factors.pop(name, None)
