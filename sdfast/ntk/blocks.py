@@ -1,5 +1,6 @@
 """Parameters in groups whose gradients fit in memory, and the gradients of all samples for one group at a time."""
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -143,20 +144,31 @@ def collect(source: Source, group: Group) -> Iterator[Block | int]:
         PathChangedError: A layer has another number of positions than on the probe.
     """
     first = next(iter(source.parameters.values()))
-    rows = torch.empty(source.classes, source.samples, group.width, dtype=first.dtype, device=first.device)
+    rows = source.panel(group.width)
     factors = {name: _empty_factors(source, name, first) for name in group.factored}
     wanted = list(dict.fromkeys(piece.parameter for piece in group.pieces))
-    for chunk in source.chunks(wanted, group.factored):
+    places = list(itertools.accumulate((piece.stop - piece.start for piece in group.pieces), initial=0))
+    panels = {
+        piece: rows[:, :, first:last]
+        for piece, (first, last) in zip(group.pieces, itertools.pairwise(places), strict=True)
+    }
+    whole = {
+        name: panel for (name, start, stop), panel in panels.items() if stop - start == source.parameters[name].numel()
+    }
+    delivered: set[str] = set()
+    for chunk in source.chunks(wanted, group.factored, whole):
         part = slice(chunk.start, chunk.stop)
-        offset = 0
-        for name, start, stop in group.pieces:
-            rows[chunk.output, part, offset : offset + stop - start] = chunk.rows[name][:, start:stop]
-            offset += stop - start
+        for (name, start, stop), panel in panels.items():
+            if name not in whole:
+                panel[chunk.output, part] = chunk.rows[name][:, start:stop]
+        delivered = delivered if chunk.output else set()
         for name, (a, b) in chunk.factors.items():
             if a.shape[1:] != factors[name][0].shape[1:]:
                 raise PathChangedError(f"{name} came with {a.shape[1]} positions")
-            factors[name][0][part] = a
+            if name not in delivered:  # of the micro-batch, by an earlier output: A is the same for all
+                factors[name][0][part] = a
             factors[name][1][chunk.output, part] = b
+        delivered = delivered | chunk.factors.keys()
         yield chunk.stop
     yield Block(rows, factors)
 

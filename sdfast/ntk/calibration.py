@@ -71,6 +71,8 @@ def predict(plan: Plan, left: Source, right: Source) -> Seconds:
     if not chosen:
         return Seconds(probing, 0.0, 0.0)
     sources = list(dict.fromkeys((left, right)))
+    for source in sources:  # so that memory fresh from the system is not taken for the speed of the passes
+        _seconds_of_pass(source, chosen[0], device)
     passes = [sum(_seconds_of_pass(source, group, device) for source in sources) for group in chosen]
     tiles = [_seconds_of_tiles(plan, group, left, device) for group in chosen]
     scale = len(plan.groups) / len(chosen)

@@ -213,6 +213,7 @@ class Capture(ParameterMode):
         first = next(iter(parameters.values()))
         self.anchor = torch.zeros((), dtype=first.dtype, device=first.device, requires_grad=True)
         self.rows: dict[Origin, Tensor] = {}
+        self.into: Mapping[Origin, Tensor] = {}
         self.factors: dict[str, tuple[Tensor, Tensor]] = {}
         self.taps = 0
         self.listening = False
@@ -272,8 +273,15 @@ class Capture(ParameterMode):
             else:
                 wanted.append(place)
         if wanted:
-            for place, rows in step.rule.rows(call, gradient, output, wanted).items():
-                self._add(tracked[place], rows)
+            free = self._free(tracked, wanted)
+            rows = step.rule.rows_in(call, gradient, output, wanted, free)
+            for place in sorted(rows, key=lambda place: place not in free):  # what is written already comes first
+                self._add(tracked[place], rows[place])
+
+    def _free(self, tracked: Mapping[int, Origin], wanted: Iterable[int]) -> dict[int, Tensor]:
+        """Where a rule may write: the place of a parameter that nothing was added to yet, and once in a call."""
+        last = {tracked[place]: place for place in wanted}
+        return {last[origin]: into for origin, into in self.into.items() if origin in last and origin not in self.rows}
 
     def overwritten(self, call: Call, tracked: dict[int, Origin]) -> None:
         """Takes note that the arguments of a call are no longer what they were."""
@@ -285,20 +293,31 @@ class Capture(ParameterMode):
 
     def _add(self, origin: Origin, rows: Tensor) -> None:
         rows = rows.detach()
-        self.rows[origin] = self.rows[origin] + rows if origin in self.rows else rows
+        if origin in self.into:
+            into = self.into[origin]
+            if origin in self.rows:
+                into += rows
+            elif rows.data_ptr() != into.data_ptr():
+                into.copy_(rows)
+            self.rows[origin] = into
+        else:
+            self.rows[origin] = self.rows[origin] + rows if origin in self.rows else rows
 
-    def gradients(self, scalar: Tensor, keep_graph: bool) -> dict[str, Tensor]:
+    def gradients(
+        self, scalar: Tensor, keep_graph: bool, into: Mapping[Origin, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """One backward pass from a sum over the samples.
 
         Args:
             scalar: The sum over the batch of one scalar per sample.
             keep_graph: Whether another pass will follow.
+            into: Where the gradients of some parameters are to be: (samples, *shape).
 
         Returns:
             By parameter: (samples, *shape). A parameter that the scalar does not reach is missing. `factors` holds
             the pairs (A, B) of those that were to be factored.
         """
-        self.rows, self.factors = {}, {}
+        self.rows, self.factors, self.into = {}, {}, {} if into is None else into
         if self.taps == 0 or not scalar.requires_grad:
             return {}
         self.listening = True

@@ -104,6 +104,26 @@ def contracts(
     return pairs.flops < rows.flops
 
 
+def may_serve(factors: tuple[int, int, int], numel: int, form: str, classes: int) -> bool:
+    """Whether the factors of a layer can be of use: fewer numbers than its gradients, or cheaper for some n.
+
+    Contraction compares best at n = 1, where each gradient is formed for a single product.
+
+    Args:
+        factors: See `contracts`.
+        numel: See `contracts`.
+        form: See `contracts`.
+        classes: See `contracts`.
+
+    Returns:
+        Whether; where not, nothing asks for them.
+    """
+    positions, inputs, width = factors
+    rows = materialised(2.0 * positions * numel, numel, (1, 1), False, form, classes)
+    pairs = contracted(factors, (1, 1), False, form, classes)
+    return positions * (max(inputs, 1) + classes * width) < numel * classes or pairs.flops < _NEAR * rows.flops
+
+
 def count(plan: "Plan", work_of: dict[str, int], forward_flops: int, tiles: list[tuple[int, int, bool]]) -> None:
     """Fills in the costs of every entry and of the passes.
 

@@ -61,7 +61,8 @@ def gram(
             ``"float64"``, ``"bf16x3"`` (operands as the sum of two bf16 numbers), ``"tf32"``, ``"bf16"``: operands are
             rounded, sums are kept in float32 for at most 4096 terms and in float64 beyond. ``None``: the model's dtype.
         params: Names, shell patterns of names, or a function of the name; ``None`` for all that require grad.
-        batch_size: Samples of a micro-batch; 32 by default. It does not change the result but by rounding.
+        batch_size: Samples of a micro-batch; by default 32, and 256 where no layer has more than one position a sample.
+            It does not change the result but by rounding.
         memory: Bytes that the gradients held at a time may take; 2 GiB by default. Less memory means more passes.
         out: Where to put the result: a tensor or array (a memory map, say) of its shape and dtype.
         progress: Show a bar.
@@ -105,14 +106,7 @@ def gram(
             loop_everything(left.findings, parameters, "as before the interruption")
             if saved is not None and not saved.looped:
                 saved.forget()
-        try:
-            _fill(result, run, saved, progress)
-        except PathChangedError as error:
-            loop_everything(left.findings, parameters, str(error))
-            if saved is not None:
-                saved.forget()
-            result.clear()
-            _fill(result, run, saved, progress)
+        _fill_or_loop(result, run, saved, progress)
         shards.add_up(result.tensor)
         say(left.findings)
     return result.finished()
@@ -137,6 +131,41 @@ class _Run(NamedTuple):
         return made
 
 
+def gram_of(source: Source, found_before: bool) -> Tensor:
+    """H of one source with the defaults of `gram`, inside `unchanged`.
+
+    Args:
+        source: Where the gradients come from.
+        found_before: Its findings are of another state of the model: where a batch takes another path than they say,
+            nothing is done about it here.
+
+    Returns:
+        H.
+
+    Raises:
+        PathChangedError: A batch took another path, and `found_before`.
+    """
+    first = next(iter(source.parameters.values()))
+    precision = check_precision(None, first)
+    run = _Run(source, source, precision, check_memory(None), None, None, Shards(None, first.device))
+    result = Result(source.outputs, source.samples, source.samples, precision, first.device, symmetric=True, out=None)
+    (_fill if found_before else _fill_or_loop)(result, run, None, False)
+    say(source.findings)
+    return result.finished()
+
+
+def _fill_or_loop(result: Result, run: _Run, saved: Checkpoint | None, progress: bool) -> None:
+    """Again with all parameters looped, where a batch takes another path than the probe's samples."""
+    try:
+        _fill(result, run, saved, progress)
+    except PathChangedError as error:
+        loop_everything(run.left.findings, run.left.parameters, str(error))
+        if saved is not None:
+            saved.forget()
+        result.clear()
+        _fill(result, run, saved, progress)
+
+
 def _fill(result: Result, run: _Run, saved: Checkpoint | None, progress: bool) -> None:
     """Adds up all groups, of several processes this one's."""
     plan = run.plan()
@@ -152,6 +181,7 @@ def _fill(result: Result, run: _Run, saved: Checkpoint | None, progress: bool) -
             for number, group in enumerate(groups[done:], done + 1):
                 blocks = _blocks(sources, group, bar)
                 _add_tiles(result, blocks, group, plan.form, run.precision, bar)
+                del blocks  # before the next ones come: `memory` is for one group
                 if saved is not None:
                     saved.save(number, result.tensor, run.left.findings.all_looped, last=number == len(groups))
     finally:

@@ -2,13 +2,12 @@
 
 Two guards stand on it. (a) No sample's output may change with another sample, its place or their number, but by batch
 norm in training mode; where the samples of an operation cannot be told apart, its parameters are differentiated one
-sample at a time. (b) The
-gradients captured for the three samples are compared with `autograd.grad`, once with jittered parameters, so that a
-zero-initialised layer hides nothing, and once with the model as it is and no mode at work. A parameter whose gradient
-differs, used in a scripted module for instance, is differentiated one sample at a time too. Nothing is left out.
+sample at a time. (b) The gradients captured for the three samples are compared with `autograd.grad`, once with jittered
+parameters, so that a zero-initialised layer hides nothing, and once with the model as it is and no mode at work; there
+the factors of a layer that may be contracted stand for its gradient. A parameter that differs, used in a scripted
+module for instance, is differentiated one sample at a time too. Nothing is left out.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +17,8 @@ from torch import Tensor, nn
 
 from sdfast.ntk import inputs as feeding
 from sdfast.ntk.capture import Capture, Origin, ParameterMode, Seen, Step
+from sdfast.ntk.comparison import UNSEEN, loop_what_differs
+from sdfast.ntk.costs import may_serve
 from sdfast.ntk.coupling import refuse_coupled_gradients, refuse_coupling, refuse_places
 from sdfast.ntk.inputs import Inputs
 from sdfast.ntk.layers import GENERIC, LOOP, Call
@@ -27,8 +28,8 @@ from sdfast.ntk.randomness import refuse_randomness
 from sdfast.ntk.record import Lengths, Record, resolved
 from sdfast.ntk.sample_rows import PathChangedError
 
+_NORMALS = 8191  # that the jitter of a large parameter repeats: a prime, so that rows differ
 READS = 8  # further samples on which a value that is read must stay the same
-UNSEEN = "used where no torch function shows it: in a scripted module, or a custom autograd.Function"
 
 
 @dataclass
@@ -220,20 +221,23 @@ def _guard(
     weights = torch.randn(columns.shape, generator=generator, dtype=torch.float64, device="cpu").to(columns)
     rows = mode.gradients((columns * weights).sum(), True) if isinstance(mode, Capture) else {}
     if values is None:
-        _compare(_exact((plain * weights).sum(1)[1], captured), rows, 1, findings)
+        exact = _exact((plain * weights).sum(1)[1], captured)
+        loop_what_differs(exact, rows, 1, findings.looped, mode.factors if isinstance(mode, Capture) else {})
     else:
         scalars = (columns * weights).sum(1)
         jittered = {name: values[name] for name in captured}
         exact = _find_unused(scalars[0], parameters, values, findings)
-        _compare({name: exact[name] for name in captured}, rows, 0, findings)
+        loop_what_differs({name: exact[name] for name in captured}, rows, 0, findings.looped)
         for sample in (1, 2):
-            _compare(_exact(scalars[sample], jittered), rows, sample, findings)
+            loop_what_differs(_exact(scalars[sample], jittered), rows, sample, findings.looped)
     if isinstance(mode, _Trial):
         findings.work = mode.work
         for name, uses in mode.uses.items():
             findings.rules[name] = list(dict.fromkeys(rule for rule, _ in uses))
             factors = uses[0][1]
-            if len(uses) == 1 and factors is not None:
+            sizes = (parameters[name].numel(), outputs.form, outputs.classes)
+            compared = values is not None or name in mode.factors  # those that stay have been, by the second guard
+            if len(uses) == 1 and factors is not None and may_serve(factors, *sizes) and compared:
                 findings.factors[name] = factors
             else:
                 findings.factors.pop(name, None)
@@ -248,6 +252,7 @@ def _mode(
         captured,
         findings.steps,
         3,
+        frozenset(findings.factors if values is None else ()) & captured.keys(),
         findings=findings,
         values=None if values is None else {n: values[n] for n in captured},
     )
@@ -289,32 +294,18 @@ def _materialised(sources: Mapping[str, Tensor], gradients: Sequence[Tensor | No
     }
 
 
-def _compare(exact: Mapping[str, Tensor], rows: Mapping[str, Tensor], sample: int, findings: Findings) -> None:
-    """Parameters whose captured gradient differs are looped."""
-    dense = {name: gradient.to_dense() if gradient.is_sparse else gradient for name, gradient in exact.items()}
-    norms = {name: _norm(gradient) for name, gradient in dense.items()}
-    total = math.hypot(*norms.values())
-    for name, gradient in dense.items():
-        double = gradient.dtype == torch.float64
-        captured = rows[name][sample] if name in rows else torch.zeros_like(gradient)
-        allowed = (1e-9 if double else 1e-3) * norms[name] + (1e-11 if double else 1e-5) * total
-        if _norm(captured - gradient) > allowed or not torch.equal(captured.isfinite(), gradient.isfinite()):
-            findings.looped.setdefault(
-                name, UNSEEN if name not in rows else "its captured gradient differs from autograd's"
-            )
-
-
-def _norm(gradient: Tensor) -> float:
-    """In float64, of the finite entries."""
-    norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
-    return norm if math.isfinite(norm) else float(torch.nan_to_num(gradient, 0, 0, 0).double().norm())
-
-
 def _jittered(value: Tensor, generator: torch.Generator) -> Tensor:
     """Other values of the same signs; zeros become small numbers, so that they block no gradient."""
-    noise = torch.randn(value.shape, generator=generator, dtype=torch.float64, device="cpu").to(value)
-    scaled = value.detach() * (1 + 0.1 * noise.clamp(-3, 3))
-    return torch.where(scaled == 0, 0.1 * noise, scaled).requires_grad_()
+    drawn = torch.randn(min(value.numel(), _NORMALS), generator=generator, dtype=torch.float64, device="cpu")
+    scaled = value.detach() * _repeated(1 + 0.1 * drawn.clamp(-3, 3), value)
+    zero = scaled == 0
+    return (torch.where(zero, _repeated(0.1 * drawn, value), scaled) if zero.any() else scaled).requires_grad_()
+
+
+def _repeated(numbers: Tensor, like: Tensor) -> Tensor:
+    """As many as `like` has, in its shape."""
+    count = -(-like.numel() // max(1, len(numbers)))
+    return numbers.to(like).repeat(count)[: like.numel()].view(like.shape)
 
 
 def _copies(tensors: Mapping[int | str, Tensor]) -> dict[int | str, Tensor]:

@@ -81,8 +81,15 @@ def tile_of_rows(left: Tensor, right: Tensor, form: str, precision: str, triangl
     """
     if form == "full":
         return product(left[:, None], right[None], precision)
-    per_class = product(left, right, precision, triangle)
-    return per_class if form == "per_class" else per_class.sum(0)
+    if form == "per_class" or own(left, right) != "cpu":
+        per_class = product(left, right, precision, triangle)
+        return per_class if form == "per_class" else per_class.sum(0)
+    if len(left) * left.shape[2] <= TERMS:  # the outputs side by side are few columns
+        left, right = (side.transpose(0, 1).flatten(1)[None] for side in (left, right))
+    total = left.new_zeros(left.shape[1], right.shape[1], dtype=torch.float64)
+    for one, other in zip(left, right, strict=True):
+        add_gram(total, one, None if triangle else other, precision=precision, backend="cpu")
+    return total
 
 
 def tile_of_factors(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], form: str, precision: str) -> Tensor:

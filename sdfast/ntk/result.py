@@ -10,6 +10,8 @@ from torch import Tensor
 from sdfast import _checks
 from sdfast.ntk.outputs import Outputs
 
+LEAST_ROWS = 512  # of a tile: smaller products are slower
+
 
 class Result:
     """H, filled tile by tile.
@@ -90,7 +92,7 @@ class Result:
 
 def tiles_of(rows: int, columns: int, symmetric: bool) -> Iterator[tuple[slice, slice]]:
     """Rows and columns of every tile of a matrix, of a symmetric one on and below the diagonal."""
-    size = min(2048, max(64, -(-max(rows, columns) // 4)))
+    size = min(2048, max(LEAST_ROWS, -(-max(rows, columns) // 4)))
     for top in range(0, rows, size):
         end = min(top + size, rows)
         for left in range(0, top + 1 if symmetric else columns, size):

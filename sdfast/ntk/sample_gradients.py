@@ -30,7 +30,8 @@ def sample_gradients(
         outputs: ``None`` for a model of one output; ``"sum"`` over all, the index of one, a callable from the model's
             output to one scalar per sample (n,), or ``"per_class"`` for all.
         params: Names, shell patterns of names, or a function of the name; ``None`` for all that require grad.
-        batch_size: Samples of a micro-batch; 32 by default. It does not change the result but by rounding.
+        batch_size: Samples of a micro-batch; by default 32, and 256 where no layer has more than one position a sample.
+            It does not change the result but by rounding.
 
     Returns:
         By parameter (n, *shape), with ``"per_class"`` (n, outputs, *shape), in the parameters' dtype.
@@ -64,10 +65,13 @@ def _collected(source: Source) -> dict[str, Tensor]:
         name: torch.empty(source.samples, source.classes, *value.shape, dtype=value.dtype, device=value.device)
         for name, value in source.parameters.items()
     }
-    for chunk in source.chunks(source.parameters):
-        for name, rows in chunk.rows.items():
-            shape = source.parameters[name].shape
-            gradients[name][chunk.start : chunk.stop, chunk.output] = rows.view(len(rows), *shape)
+    panels = {
+        name: rows.view(source.samples, source.classes, -1).transpose(0, 1)
+        for name, rows in gradients.items()
+        if rows.numel()
+    }
+    for _ in source.chunks(source.parameters, panels=panels):
+        pass  # each chunk is where it belongs
     return gradients
 
 

@@ -1,6 +1,7 @@
 """Gradients per sample of a model on given inputs, micro-batch by micro-batch, for any selection of its parameters."""
 
 import fnmatch
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -19,7 +20,9 @@ from sdfast.ntk.outputs import Outputs
 from sdfast.ntk.probe import Findings, probe
 from sdfast.ntk.sample_rows import PathChangedError
 
-BATCH_SIZE = 32  # samples of a micro-batch: their activations stay in the cache
+# Samples of a micro-batch: few where their activations are large, which then stay in the cache; many where no layer has
+# more than one position a sample, and its weight is what is read again for each micro-batch.
+BATCH_SIZE, BATCH_SIZE_OF_ONE_POSITION = 32, 256
 
 
 class Chunk(NamedTuple):
@@ -52,6 +55,8 @@ class Source:
         parameters: Those to differentiate, by name.
         batch_size: Samples of a micro-batch, or ``None``.
         findings: Of the probe on other inputs of this model; ``None`` to probe these.
+        keep_outputs: Keep what the model gives for each micro-batch, for `model_output`.
+        spare: Memory for one panel of gradients, which every pass may overwrite.
 
     Raises:
         ValueError: Batch norm in training mode, and a batch size below the number of samples.
@@ -65,13 +70,16 @@ class Source:
         parameters: Mapping[str, Tensor],
         batch_size: int | None,
         findings: Findings | None = None,
+        keep_outputs: bool = False,
+        spare: Tensor | None = None,
     ) -> None:
         self.model, self.inputs, self.outputs, self.parameters = model, inputs, outputs, parameters
         self.findings: Findings = probe(model, inputs, outputs, parameters) if findings is None else findings
         # What the probe saw is known of its own inputs; batch norm in training mode changes it with the batch.
         self.answers = self.findings.answers if findings is None and not self.findings.batch_norm_trains else {}
-        self.samples = inputs.samples
-        self.batch_size = min(BATCH_SIZE if batch_size is None else batch_size, self.samples)
+        self.samples, self.spare, self.widest = inputs.samples, spare, 0
+        self.kept: dict[int, Tensor] | None = {} if keep_outputs else None
+        self.batch_size = min(self._usual_batch_size() if batch_size is None else batch_size, self.samples)
         if self.findings.batch_norm_trains:
             if batch_size is not None and batch_size < self.samples:
                 raise ValueError(
@@ -80,17 +88,27 @@ class Source:
                 )
             self.batch_size = self.samples
 
+    def _usual_batch_size(self) -> int:
+        """By the work of a parameter's gradient: at one position a sample it is one product for each of its entries."""
+        work = {} if self.findings.looped else self.findings.work  # what is looped passes all of a micro-batch
+        single = all(work.get(name, 0) <= 2 * parameter.numel() for name, parameter in self.parameters.items())
+        return BATCH_SIZE_OF_ONE_POSITION if single and work else BATCH_SIZE
+
     @property
     def classes(self) -> int:
         """Scalars per sample."""
         return self.outputs.classes
 
-    def chunks(self, wanted: Iterable[str], factored: Iterable[str] = ()) -> Iterator[Chunk]:
+    def chunks(
+        self, wanted: Iterable[str], factored: Iterable[str] = (), panels: Mapping[str, Tensor] | None = None
+    ) -> Iterator[Chunk]:
         """One forward and `classes` backward passes for each micro-batch.
 
         Args:
             wanted: Parameters whose gradients are asked for.
             factored: Parameters whose factors are asked for: those in ``findings.factors``.
+            panels: By parameter (classes, all samples, numel), entries of a sample side by side: where its rows are to
+                be, of which a chunk then holds a part.
 
         Yields:
             A chunk for each micro-batch and output. A parameter that no output depends on has rows of zeros.
@@ -114,19 +132,35 @@ class Source:
                 if capture.position != len(self.findings.steps):
                     raise PathChangedError("it ended after another number of operations")
             columns = self.outputs.columns(output, stop - start)
+            if self.kept is not None:
+                self.kept[start] = output.detach()
             refuse_other_answers(self.answers, columns, start)
             if self.findings.reads and not self.findings.batch_norm_trains:
                 refuse_other_pieces(columns, partial(self._alone, start))
             self._check_unused(columns)
             for column in range(self.classes):
                 last = column + 1 == self.classes and not looped
-                rows = {} if capture is None else capture.gradients(columns[:, column].sum(), not last)
+                into = self._into(panels, column, start, stop)
+                rows = {} if capture is None else capture.gradients(columns[:, column].sum(), not last, into)
                 missing -= rows.keys() | (set() if capture is None else capture.factors.keys())
                 rows |= _one_by_one(columns[:, column], looped)
-                flat = {name: self._flat(name, rows.get(name), stop - start) for name in wanted}
+                flat = {name: self._flat(name, rows.get(name), into.get(name), stop - start) for name in wanted}
                 yield Chunk(start, stop, column, flat, {} if capture is None else dict(capture.factors))
         if missing:
             raise PathChangedError(f"no gradient of {', '.join(sorted(missing))} came")
+
+    def panel(self, width: int) -> Tensor:
+        """Uninitialised rows for all samples (classes, samples, width), in the spare memory where they fit."""
+        shape = (self.classes, self.samples, width)
+        self.widest = max(self.widest, math.prod(shape))
+        if self.spare is not None and self.spare.numel() >= math.prod(shape):
+            return self.spare[: math.prod(shape)].view(shape)
+        first = next(iter(self.parameters.values()))
+        return torch.empty(shape, dtype=first.dtype, device=first.device)
+
+    def model_output(self) -> Tensor:
+        """What the model gave for all samples, once `chunks` went through them; it has to be tensors (samples, ...)."""
+        return torch.cat([*(self.kept or {}).values()])
 
     @torch.no_grad()
     def _alone(self, start: int, first: int, last: int) -> Tensor:
@@ -142,9 +176,19 @@ class Source:
             if any(gradient is not None for gradient in reached):
                 raise PathChangedError("a parameter is used that the probe's samples do not use")
 
-    def _flat(self, name: str, rows: Tensor | None, samples: int) -> Tensor:
-        parameter = self.parameters[name]
-        return parameter.new_zeros(samples, parameter.numel()) if rows is None else rows.reshape(samples, -1)
+    def _into(self, panels: Mapping[str, Tensor] | None, column: int, start: int, stop: int) -> dict[Any, Tensor]:
+        """The part of each panel that a chunk fills, a sample's part in the parameter's shape."""
+        return {
+            name: panel[column, start:stop].view(stop - start, *self.parameters[name].shape)
+            for name, panel in (panels or {}).items()
+        }
+
+    def _flat(self, name: str, rows: Tensor | None, into: Tensor | None, samples: int) -> Tensor:
+        if rows is None:
+            rows = self.parameters[name].new_zeros(samples, *self.parameters[name].shape)
+        if into is not None and rows.data_ptr() != into.data_ptr():
+            rows = into.copy_(rows)
+        return rows.reshape(samples, -1)
 
 
 def _one_by_one(scalars: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from sdfast import _checks
 from sdfast.ntk.eigenspace import Eigenspace, eigenspace
-from sdfast.ntk.gram import gram
 from sdfast.ntk.information import information_ratio
+from sdfast.ntk.repeated import RepeatedGram
 from sdfast.ops.self_distillation import AdaptiveAlpha, ClipLabel
 from sdfast.ops.self_distillation.reference import batch_accuracy
 from sdfast.train.history import History
@@ -60,7 +60,8 @@ class InformationProbe:
     """Every so many calls: the network's tangent kernel on a fixed batch, and what the labels hold in its top k.
 
     A callback of `SelfDistiller.fit`, called after each epoch; in a loop of your own call ``probe(model)`` after
-    each step. Dong et al. 2019, figure 5. The model is looked at in evaluation mode, and left as it is.
+    each step. Dong et al. 2019, figure 5. The model is looked at in evaluation mode, and left as it is. How it uses its
+    parameters is found out at the first look, at every tenth, and after a change of its modules or parameters.
 
     Args:
         inputs: The batch (n, ...), always the same.
@@ -72,7 +73,7 @@ class InformationProbe:
         label_fn: h, of a model that learns float targets: ``"identity"`` or `sdfast.ClipLabel`. Of class indices it is
             ``"hardmax"``. ``None``: identity and hardmax.
         clean_labels: The true labels, of the same form.
-        outputs: Of `sdfast.ntk.gram`; ``None`` takes ``"sum"`` of a model with one output and ``"trace"`` otherwise.
+        outputs: Of `sdfast.ntk.gram`; ``None`` takes ``"trace"``, which of a model with one output is its own kernel.
         center: Take the mean of each column off first; see `sdfast.ntk.information_ratio`.
         batch_norm: ``"eval"``, with running statistics; or ``"train"``: the batch's own, at the price of n backward
             passes a look.
@@ -123,6 +124,7 @@ class InformationProbe:
         self.every, self.k, self.outputs, self.center = every, k, outputs, center
         self.alpha: float | AdaptiveAlpha = alpha if isinstance(alpha, AdaptiveAlpha) else float(alpha)
         self.label_fn, self.batch_norm = label_fn, batch_norm
+        self._kernel = RepeatedGram("trace" if outputs is None else outputs)
         self.calls = 0
         self.records: list[ProbeRecord] = []
         self.space: Any = None  # the Eigenspace of the latest look, and
@@ -154,17 +156,9 @@ class InformationProbe:
         Raises:
             ValueError: Its outputs do not go with the labels.
         """
-        first = next(model.parameters())
-        inputs = self.inputs.to(first.device)
         with mode_of_look(model, self.batch_norm):
-            with torch.no_grad():
-                buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-                outputs = model(inputs)
-                for name, buffer in model.named_buffers():
-                    buffer.copy_(buffers[name])
-            outputs = outputs.reshape(len(inputs), -1)
-            form = ("sum" if outputs.shape[1] == 1 else "trace") if self.outputs is None else self.outputs
-            kernel = gram(model, inputs, outputs=form)
+            kernel, outputs = self._kernel(model, self.inputs)
+        outputs = outputs.reshape(len(self.inputs), -1)
         space = eigenspace(kernel, self.k, start=self.space)
         self.space = space
         record = self._record(space, outputs.double())

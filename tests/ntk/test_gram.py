@@ -1,7 +1,9 @@
 """The matrix as a whole: forms × precisions × layers, bits, memory, closed forms, and networks drawn at random."""
 
+import importlib
 import math
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -49,7 +51,8 @@ def test_layer_by_output_by_precision(name, outputs, precision):
 
 
 @pytest.mark.parametrize("outputs", ["sum", "per_class", "full"])
-def test_many_tiles_are_symmetric_repeatable_and_positive(outputs):
+def test_many_tiles_are_symmetric_repeatable_and_positive(outputs, monkeypatch):
+    monkeypatch.setattr("sdfast.ntk.result.LEAST_ROWS", 64)
     model, x = zoo.mlp(), torch.randn(301, 4)  # tiles of 76 rows, the last of them ragged
     first = gram(model, x, outputs=outputs, batch_size=50, memory=400_000)
     assert torch.equal(first, gram(model, x, outputs=outputs, batch_size=50, memory=400_000))
@@ -238,3 +241,19 @@ def test_networks_drawn_at_random(names, tied, n, t, batch_size, memory, outputs
         warnings.simplefilter("ignore" if zero else "error")
         got = gram(model, x, outputs=outputs, batch_size=batch_size, memory=memory)
     assert_exact(got, gram_of(jacobian(model, x), outputs))
+
+
+def test_the_gradients_of_one_group_are_held_at_a_time(monkeypatch):
+    module = importlib.import_module("sdfast.ntk.gram")  # the package's name for it is the function
+    original, held = module._blocks, []
+
+    def blocks(*arguments):
+        assert all(block() is None for block in held)
+        made = original(*arguments)
+        held.extend(weakref.ref(block) for block in made)
+        return made
+
+    monkeypatch.setattr(module, "_blocks", blocks)
+    model, x = zoo.mlp(), torch.randn(20, 4)
+    gram(model, x, outputs="sum", memory=2_000)
+    assert len(held) > 1

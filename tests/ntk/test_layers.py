@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sdfast.ntk import gram, products
+from sdfast.ntk import gram, operator, plan, products
 from sdfast.ntk.layers import generic
 
 from . import zoo
@@ -228,6 +228,13 @@ def test_layer(name):
     wanted = jacobian(model, x)
     for outputs in ("trace", "full"):
         assert_exact(gram(model, x, outputs=outputs, batch_size=4), gram_of(wanted, outputs))
+    free, columns, exact = (
+        operator(model, x, outputs="trace", batch_size=4),
+        torch.randn(6, 2),
+        gram_of(wanted, "trace"),
+    )
+    assert_exact(free @ columns, exact @ columns)
+    assert_exact(free.diagonal(), exact.diagonal())
 
 
 @pytest.mark.parametrize(
@@ -356,6 +363,7 @@ def test_every_form_of_contraction(monkeypatch):
     """Small tiles of position pairs, and layers that the counted rule would never contract."""
     monkeypatch.setattr(products, "_PAIRS", 40)
     monkeypatch.setattr("sdfast.ntk.costs.contracts", lambda *a: True)
+    monkeypatch.setattr("sdfast.ntk.probe.may_serve", lambda *a: True)
     for name in (
         "linear, positions",
         "linear, T n merged",
@@ -374,6 +382,7 @@ def test_every_form_of_contraction(monkeypatch):
             warnings.simplefilter("ignore")  # torch's, once, of a copy that an even kernel costs
             model(x1)
         rows = jacobian(model, x1), jacobian(model, x2)
+        assert "contract" in {entry.method for entry in plan(model, x1, outputs="sum").entries}
         for outputs in ("sum", "trace", "per_class", "full"):
             assert_exact(gram(model, x1, outputs=outputs, batch_size=2), gram_of(rows[0], outputs))
             assert_exact(gram(model, x1, x2, outputs=outputs, batch_size=2), gram_of(rows[0], outputs, rows[1]))

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sdfast.ntk import gram, sample_gradients
+from sdfast.ntk.layers import linear
 
 from . import zoo
 from .oracle import assert_exact, distance, gram_of, jacobian
@@ -376,3 +377,18 @@ def test_selected_rows_that_come_back_are_followed_again():
 
     with pytest.warns(UserWarning, match=r"each sample and output: b \(linear works on rows that are selected by"):
         check(Functional(forward, a=(3, 3), b=(3, 3), c=(2, 3)), zoo.sequences(6), outputs="trace")
+
+
+@pytest.mark.parametrize("wrong", ["doubled", "shuffled", "lost"])
+def test_wrong_factors_are_found_before_they_are_multiplied(wrong, monkeypatch):
+    """A layer that is contracted has no gradient to be compared: its factors are."""
+    original = linear.LinearRule.factors
+
+    def factors(self, call, gradient):
+        a, b = original(self, call, gradient)
+        return {"doubled": (a, 2 * b), "shuffled": (a.flip(1), b), "lost": (a, torch.zeros_like(b))}[wrong]
+
+    monkeypatch.setattr(linear.LinearRule, "factors", factors)
+    model, x = zoo.Pooled(nn.Linear(40, 50)), torch.randn(6, 2, 40)
+    with pytest.warns(UserWarning, match="layer.weight .its captured factors differ"):
+        check(model, x)

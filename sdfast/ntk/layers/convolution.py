@@ -17,6 +17,7 @@ class _AnyConvolution(NamedRule):
     """A convolution of (rows, channels, *space) in any number of dimensions."""
 
     transposed = False
+    takes_out = True
 
     def __init__(self, dimensions: int) -> None:
         self.dimensions = dimensions
@@ -61,10 +62,10 @@ class _AnyConvolution(NamedRule):
         ends = [end for total in reversed(totals) for end in (total // 2, total - total // 2)]
         return functional.pad(data.flatten(0, 1), ends).unflatten(0, data.shape[:2]), none
 
-    def row(self, call: Call, given: dict[str, Any], name: str, gradient: Tensor) -> Tensor:
+    def row(self, call: Call, given: dict[str, Any], name: str, gradient: Tensor, out: Tensor | None = None) -> Tensor:
         if name == "bias":
             if backend := own(gradient):
-                return channel_sample_gradients(None, gradient, backend=backend)[1]
+                return channel_sample_gradients(None, gradient, bias_out=out, backend=backend)[1]
             return gradient.sum((1, *range(3, gradient.dim())))
         weight = call.flat[given["weight"].place]
         data, padding = self.padded(given, call.split(given["input"].place), weight.shape[2:])
@@ -76,6 +77,7 @@ class _AnyConvolution(NamedRule):
                 padding=padding,
                 dilation=self.tuple_of(given["dilation"]),
                 groups=given["groups"],
+                out=None if out is None else out.flatten(1),
                 backend=backend,
             )
             return rows.unflatten(1, weight.shape)

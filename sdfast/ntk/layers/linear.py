@@ -18,6 +18,8 @@ def positions(tensor: Tensor) -> Tensor:
 class _Product(NamedRule):
     """Rows times a matrix, plus a vector."""
 
+    takes_out = True
+
     def serves(self, call: Call) -> bool:
         given = self.bound(call)
         if not along_samples(call, given, ("weight", "bias")):
@@ -50,9 +52,11 @@ class LinearRule(_Product):
     def arguments(input: Any, weight: Any, bias: Any = None) -> dict[str, Any]:
         return {"input": input, "weight": weight, "bias": bias}
 
-    def row(self, call: Call, given: dict[str, Any], name: str, gradient: Tensor) -> Tensor:
+    def row(self, call: Call, given: dict[str, Any], name: str, gradient: Tensor, out: Tensor | None = None) -> Tensor:
         b = positions(gradient)
-        return b.sum(1) if name == "bias" else torch.bmm(b.mT, positions(call.split(given["input"].place)))
+        if name == "bias":
+            return torch.sum(b, 1, out=out)
+        return torch.bmm(b.mT, positions(call.split(given["input"].place)), out=out)
 
 
 class MatmulRule(_Product):
@@ -64,8 +68,8 @@ class MatmulRule(_Product):
     def arguments(input: Any, weight: Any = None, **other: Any) -> dict[str, Any]:
         return {"input": input, "weight": other.get("other", other.get("mat2", weight))}
 
-    def row(self, call: Call, given: dict[str, Any], name: str, gradient: Tensor) -> Tensor:
-        return torch.bmm(positions(call.split(given["input"].place)).mT, positions(gradient))
+    def row(self, call: Call, given: dict[str, Any], name: str, gradient: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.bmm(positions(call.split(given["input"].place)).mT, positions(gradient), out=out)
 
 
 class AddmmRule(_Product):
@@ -77,9 +81,11 @@ class AddmmRule(_Product):
     def arguments(bias: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1, **other: Any) -> dict[str, Any]:
         return {"input": mat1, "weight": mat2, "bias": bias, "beta": beta, "alpha": alpha}
 
-    def row(self, call: Call, given: dict[str, Any], name: str, gradient: Tensor) -> Tensor:
+    def row(self, call: Call, given: dict[str, Any], name: str, gradient: Tensor, out: Tensor | None = None) -> Tensor:
         b = positions(gradient)
-        return b.sum(1) if name == "bias" else torch.bmm(positions(call.split(given["input"].place)).mT, b)
+        if name == "bias":
+            return torch.sum(b, 1, out=out)
+        return torch.bmm(positions(call.split(given["input"].place)).mT, b, out=out)
 
 
 RULES: list[tuple[Rule, tuple[Callable, ...]]] = [

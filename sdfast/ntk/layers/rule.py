@@ -51,6 +51,7 @@ class Call:
         self.function, self.name, self.flat, self.spec = function, name, flat, spec
         self.tracked, self.inputs, self.outputs, self.samples = tracked, inputs, outputs, samples
         self.works_in_place = changes_first_argument(name)
+        self.bound: tuple[Any, dict[str, Any]] | None = None  # by `NamedRule.bound`
 
     def slots(self) -> tuple[tuple, dict]:
         """The arguments as the caller gave them, each tensor replaced by its `Slot`."""
@@ -98,6 +99,23 @@ class Rule:
         """
         raise NotImplementedError
 
+    def rows_in(
+        self, call: Call, gradient: Tensor, output: int, wanted: Sequence[int], places: Mapping[int, Tensor]
+    ) -> dict[int, Tensor]:
+        """What `rows` gives, written where it is to be if the rule can: saves a copy.
+
+        Args:
+            call: See `rows`.
+            gradient: See `rows`.
+            output: See `rows`.
+            wanted: See `rows`.
+            places: Of some of the wanted: (samples, *shape of the parameter), entries of a sample side by side.
+
+        Returns:
+            As `rows`: of each either the very tensor of `places`, filled, or another that is left to be copied.
+        """
+        return self.rows(call, gradient, output, wanted)
+
     def factors(self, call: Call, gradient: Tensor) -> tuple[Tensor, Tensor] | None:
         """The weight's gradient of sample i as Σ_t b_it ⊗ a_it.
 
@@ -132,6 +150,7 @@ class NamedRule(Rule):
     """A rule for one function signature: `arguments` names what the caller gave, `row` serves one parameter."""
 
     taps_in_place = True
+    takes_out = False  # whether `row` has a fifth argument: where to write, or None
 
     @staticmethod
     def arguments(*args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -140,8 +159,10 @@ class NamedRule(Rule):
 
     def bound(self, call: Call) -> dict[str, Any]:
         """The arguments of the call by name; tensors are slots."""
-        args, kwargs = call.slots()
-        return self.arguments(*args, **kwargs)
+        if call.bound is None or call.bound[0] is not self:  # asked for by every backward pass
+            args, kwargs = call.slots()
+            call.bound = self, self.arguments(*args, **kwargs)
+        return call.bound[1]
 
     def row(self, call: Call, given: dict[str, Any], name: str, gradient: Tensor) -> Tensor:
         """Gradient per sample of the parameter of this name, from the split gradient (samples, ...)."""
@@ -153,6 +174,20 @@ class NamedRule(Rule):
         split = call.split_gradient(gradient, output)
         return {
             value.place: self.row(call, given, name, split)
+            for name, value in given.items()
+            if isinstance(value, Slot) and value.place in wanted
+        }
+
+    def rows_in(
+        self, call: Call, gradient: Tensor, output: int, wanted: Sequence[int], places: Mapping[int, Tensor]
+    ) -> dict[int, Tensor]:
+        """See `Rule.rows_in`."""
+        if not self.takes_out:
+            return self.rows(call, gradient, output, wanted)
+        given = self.bound(call)
+        split = call.split_gradient(gradient, output)
+        return {
+            value.place: self.row(call, given, name, split, places.get(value.place))  # type: ignore[call-arg]
             for name, value in given.items()
             if isinstance(value, Slot) and value.place in wanted
         }

@@ -1,0 +1,106 @@
+"""The Gram matrix of a model that trains, again and again on the same samples: what the probe found out is kept.
+
+How a model uses its parameters does not change when it learns. So the probe's findings serve until something changes
+that they may rest on: a module, its plain attributes, hooks or mode, a parameter or its shape, the samples. They are
+found anew at every tenth matrix all the same, and at each one of a model that reads values to choose its path.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdfast.ntk import inputs as feeding
+from sdfast.ntk.gram import gram_of
+from sdfast.ntk.outputs import Outputs
+from sdfast.ntk.probe import Findings
+from sdfast.ntk.sample_rows import PathChangedError
+from sdfast.ntk.source import Source, select_parameters
+from sdfast.ntk.unchanged import unchanged
+
+_HELD = 2**28  # bytes that may be kept from matrix to matrix
+_PLAIN = (bool, int, float, str, type(None))
+
+
+class RepeatedGram:
+    """``gram(model, x, outputs=outputs)``, equal to it in every bit.
+
+    Args:
+        outputs: As `gram` takes it.
+        afresh: Matrices from one probe of the model to the next.
+    """
+
+    def __init__(self, outputs: Any, afresh: int = 10) -> None:
+        self.asked, self.afresh = outputs, afresh
+        self.reused = 0  # times since the findings were found
+        self._findings: Findings | None = None
+        self._outputs = Outputs(outputs)
+        self._state: list[Any] = []
+        self._spare: Tensor | None = None
+
+    def __call__(self, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        """H of the model as it is, and what its passes gave on the way.
+
+        Args:
+            model: As `gram` takes it.
+            x: Its samples; found to be the same ones by identity and by not having been written to.
+
+        Returns:
+            H, and the model's output (n, ...).
+        """
+        parameters = select_parameters(model, None)
+        first = next(iter(parameters.values()))
+        with unchanged(model, first.device):
+            inputs = feeding.read(x.to(first.device), first, "inputs")
+            state = state_of(model, x)
+            if self._findings is not None and self.reused + 1 < self.afresh and state == self._state:
+                self.reused += 1
+                try:
+                    return self._matrix(Source(model, inputs, self._outputs, parameters, None, self._findings,
+                                               keep_outputs=True, spare=self._spare), found_before=True)  # fmt: skip
+                except PathChangedError:
+                    pass  # the findings hold no longer: probed below as if for the first time
+            self._spare = None
+            self._findings, self._outputs, self._state, self.reused = None, Outputs(self.asked), state, 0
+            source = Source(model, inputs, self._outputs, parameters, None, keep_outputs=True)
+            result = self._matrix(source, found_before=False)
+            found = source.findings
+            if not (found.reads or found.all_looped or found.batch_norm_trains):
+                self._findings, self._spare = found, self._memory(source)
+        return result
+
+    @staticmethod
+    def _matrix(source: Source, found_before: bool) -> tuple[Tensor, Tensor]:
+        return gram_of(source, found_before), source.model_output()
+
+    @staticmethod
+    def _memory(source: Source) -> Tensor | None:
+        """For the panel of the next time, where that is not too much to hold while a model trains.
+
+        Memory fresh from the system costs more than the gradients that are written to it.
+        """
+        first = next(iter(source.parameters.values()))
+        return first.new_empty(source.widest) if source.widest * first.element_size() <= _HELD else None
+
+
+def state_of(model: nn.Module, x: Tensor) -> list[Any]:
+    """What findings may rest on, but for the values of parameters and buffers.
+
+    Args:
+        model: The model.
+        x: Its samples.
+
+    Returns:
+        Numbers and names that compare equal while nothing of it changed.
+    """
+    state: list[Any] = [id(x), x._version, tuple(x.shape), torch.get_default_dtype()]
+    for name, module in model.named_modules():
+        hooks = [len(held) for key, held in module.__dict__.items() if key.endswith("_hooks")]
+        plain = [(key, value) for key, value in module.__dict__.items() if type(value) in _PLAIN]
+        state.append(
+            (name, id(module), type(module), id(getattr(module.forward, "__func__", module.forward)), hooks, plain)
+        )
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
+        own = (id(tensor), tensor.requires_grad) if isinstance(tensor, nn.Parameter) else ()
+        state.append((name, tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device, *own))
+    return state
