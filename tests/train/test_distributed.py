@@ -8,7 +8,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 import sdfast
-from sdfast.train import SelfDistiller
+from sdfast.data import Dataset
+from sdfast.train import Recipe, SelfDistiller, distill_rounds, teacher_sweep
 
 WORLD, EPOCHS, CLASSES = 2, 3, 4
 
@@ -108,3 +109,31 @@ def test_two_processes_train_as_one(tmp_path):
 
 def test_uneven_last_batches_weigh_by_process_not_by_row(tmp_path):
     check("list", tmp_path)
+
+
+def sweeps(make, folder):
+    """Two rounds, and the students of two epochs, without their times."""
+    inputs, labels = toy(45)
+    data = Dataset(inputs[15:], labels[15:], inputs[:15], labels[:15], CLASSES, "toy")
+    recipe = Recipe(epochs=2, batch_size=8)
+    rounds = distill_rounds(make, data, 2, "brier", 1, recipe=recipe, folder=folder / "rounds", progress=False)
+    teacher = teacher_sweep(
+        make, make, data, [1, 2], teacher=recipe, student=recipe, folder=folder / "teacher", progress=False
+    )
+    records = [record for run in rounds.runs + teacher.runs for record in run]
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records], teacher.alone
+
+
+def sweep(rank, store, folder, results):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    results[rank] = sweeps(lambda: nn.parallel.DistributedDataParallel(network()), folder)
+    torch.distributed.destroy_process_group()
+
+
+def test_every_process_has_the_sweeps_of_one(tmp_path):
+    """They share no rows: the mean of equal gradients is each of them, bit for bit."""
+    with torch.multiprocessing.Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(sweep, (str(tmp_path / "store"), tmp_path / "two", results), nprocs=WORLD)
+        found = [results[rank] for rank in range(WORLD)]
+    assert found == [sweeps(network, tmp_path / "one")] * WORLD
