@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
+from torch.utils.data import DataLoader, TensorDataset
 
 import sdfast
 from sdfast.models.cifar_resnet import CifarResNet
@@ -48,6 +49,14 @@ class Transformer(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x.mean(1) if self.pictures else x[:, -1]))
+
+
+def nngeometry_gram(model, x):
+    """As nngeometry has it, of the sum of the outputs."""
+    from nngeometry.gram import GramMatrix
+
+    loader = DataLoader(TensorDataset(x.clone()), batch_size=len(x))
+    return GramMatrix(model, loader, function=lambda inputs: model(inputs).sum(1)).data.view(len(x), len(x))
 
 
 def resnet(n):

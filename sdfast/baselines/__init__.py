@@ -9,13 +9,15 @@ from torch import Tensor
 from sdfast import _checks
 from sdfast.baselines.bank_self_distillation import bank_self_distillation
 from sdfast.baselines.bootstrapping import bootstrap_hard, bootstrap_soft
+from sdfast.baselines.born_again import born_again
 from sdfast.baselines.co_teaching import TwoNetworks, co_teaching
 from sdfast.baselines.d2l import d2l
 from sdfast.baselines.early_learning import elr
 from sdfast.baselines.generalized_cross_entropy import generalized_cross_entropy
 from sdfast.baselines.joint_optimisation import joint_optimisation
 from sdfast.baselines.label_correction import selc, self_adaptive_training
-from sdfast.baselines.label_filtering import confident_learning, self_ensemble_filtering
+from sdfast.baselines.label_filtering import confident_learning, confident_samples, self_ensemble_filtering
+from sdfast.baselines.mentor_net import mentor_net
 from sdfast.baselines.method import Method
 from sdfast.baselines.plain import cross_entropy, label_smoothing, self_distillation
 from sdfast.baselines.pro_self_lc import pro_self_lc
@@ -28,8 +30,10 @@ __all__ = [
     "bank_self_distillation",
     "bootstrap_hard",
     "bootstrap_soft",
+    "born_again",
     "co_teaching",
     "confident_learning",
+    "confident_samples",
     "cross_entropy",
     "d2l",
     "elr",
@@ -37,6 +41,7 @@ __all__ = [
     "joint_optimisation",
     "label_smoothing",
     "make_method",
+    "mentor_net",
     "pro_self_lc",
     "ps_kd",
     "selc",
@@ -53,12 +58,15 @@ METHODS: dict[str, Callable[..., Method]] = {
     "d2l": d2l,
     "gce": generalized_cross_entropy,
     "co-teaching": co_teaching,
+    "mentor-net": mentor_net,
     "self-ensemble-filtering": self_ensemble_filtering,
+    "confident-samples": confident_samples,
     "confident-learning": confident_learning,
     "joint-optimisation": joint_optimisation,
     "selc": selc,
     "self-adaptive-training": self_adaptive_training,
     "pro-self-lc": pro_self_lc,
+    "born-again": born_again,
     "ps-kd": ps_kd,
     "elr": elr,
     "bank-self-distillation": bank_self_distillation,

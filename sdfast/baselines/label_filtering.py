@@ -1,4 +1,6 @@
-"""Labels that the network's past predictions contradict are left out: SELF, and pruning by confident learning."""
+"""Labels that the network's past predictions contradict are left out: SELF, PES, and pruning by confident learning."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +33,31 @@ def self_ensemble_filtering(
         Nguyen, Mummadi, Ngo, Nguyen, Beggel, Brox 2020, "SELF: Learning to Filter Noisy Labels with Self-Ensembling".
     """
     _checks.check_least("warm_up", warm_up, 1)
-    return SelfEnsembleFiltering(PredictionBank(num_samples, num_classes, momentum), warm_up)
+    bank = PredictionBank(num_samples, num_classes, momentum)
+    return SelfEnsembleFiltering("self-ensemble-filtering", bank, warm_up, momentum=momentum)
+
+
+def confident_samples(num_samples: int, num_classes: int, warm_up: int = 10) -> "SelfEnsembleFiltering":
+    """The mean cross entropy of the rows whose label is what the network predicted an epoch before.
+
+    How progressive early stopping (PES) selects its confident samples. The paper stops early too, layer by layer, by
+    training the later layers anew for fewer epochs, and averages predictions over augmentations; here the network
+    trains as a whole, and all labels are learned from in the first `warm_up` epochs.
+
+    Args:
+        num_samples: Of the training set.
+        num_classes: Of the logits.
+        warm_up: Epochs.
+
+    Returns:
+        The method.
+
+    Reference:
+        Bai, Yang, Han, Yang, Li, Mao, Niu, Liu 2021, "Understanding and Improving Early Stopping for Learning with
+        Noisy Labels", section 3.
+    """
+    _checks.check_least("warm_up", warm_up, 1)
+    return SelfEnsembleFiltering("confident-samples", PredictionBank(num_samples, num_classes, momentum=0), warm_up)
 
 
 def confident_learning(
@@ -65,8 +91,8 @@ def confident_learning(
 class LabelFiltering(BankMethod):
     """Cross entropy of the rows of a batch that are kept, divided by their number."""
 
-    def __init__(self, name: str, bank: PredictionBank, warm_up: int) -> None:
-        super().__init__(name, bank, momentum=bank.momentum, warm_up=warm_up)
+    def __init__(self, name: str, bank: PredictionBank, warm_up: int, **options: Any) -> None:
+        super().__init__(name, bank, **options, warm_up=warm_up)
         self.warm_up = warm_up
 
     def believed(self, labels: Tensor, indices: Tensor) -> Tensor:
@@ -85,10 +111,7 @@ class LabelFiltering(BankMethod):
 
 
 class SelfEnsembleFiltering(LabelFiltering):
-    """See `self_ensemble_filtering`."""
-
-    def __init__(self, bank: PredictionBank, warm_up: int) -> None:
-        super().__init__("self-ensemble-filtering", bank, warm_up)
+    """See `self_ensemble_filtering` and `confident_samples`."""
 
     def believed(self, labels: Tensor, indices: Tensor) -> Tensor:
         """Whether the bank agrees with the label, or has not seen enough to disagree."""
@@ -108,7 +131,7 @@ class ConfidentLearning(LabelFiltering):
     pruned: Tensor
 
     def __init__(self, bank: PredictionBank, labels: Tensor, warm_up: int) -> None:
-        super().__init__("confident-learning", bank, warm_up)
+        super().__init__("confident-learning", bank, warm_up, momentum=bank.momentum)
         self.register_buffer("labels", labels.clone(), persistent=False)
         self.register_buffer("pruned", torch.zeros_like(labels, dtype=torch.bool))
 

@@ -1,8 +1,10 @@
 """Each method against its paper's formula in plain torch, over several batches and epochs where it has a memory."""
 
+import copy
 import inspect
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -284,6 +286,80 @@ def test_self_ensemble_filtering_over_epochs():
         assert_same(method, torch.stack(rows).mean(), logits, labels, indices)
         # `assert_same` has called it once, so each prediction has gone in once.
         assert method.bank.seen.tolist() == [len(past) for past in history]
+
+
+def test_confident_samples_over_epochs():
+    """Those whose label was the prediction of the time before."""
+    method = baselines.confident_samples(SAMPLES, CLASSES, warm_up=1)
+    before = [None] * SAMPLES
+    for _ in range(8):
+        logits, labels, indices = batch()
+        rows = []
+        for row, label, index in zip(logits, labels.tolist(), indices.tolist(), strict=True):
+            if label != -100 and before[index] in (None, label):
+                rows.append(-row.log_softmax(-1)[label])
+            if label != -100:
+                before[index] = int(row.argmax())
+        assert_same(method, torch.stack(rows).mean() if rows else 0 * logits.sum(), logits, labels, indices)
+
+
+def test_mentor_net_over_epochs():
+    method = baselines.mentor_net(percentile=0.6, decay=0.8, burn_in=0.25)
+    threshold = None
+    for epoch in range(8):
+        method.set_epoch(epoch, 8)
+        logits, labels, _ = batch()
+        losses = F.cross_entropy(logits, labels, reduction="none")[labels != -100]
+        found = np.percentile(losses.detach().numpy(), 60)
+        threshold = found if threshold is None else 0.8 * threshold + 0.2 * found
+        method(logits, labels)
+        rows = losses if epoch < 2 else losses[losses <= method.threshold]
+        loss = method.eval()(logits, labels)  # which moves nothing
+        torch.testing.assert_close(method.threshold.item(), threshold, rtol=1e-5, atol=1e-5)
+        oracle = rows.sum() / max(1, len(rows))
+        torch.testing.assert_close(loss, oracle)
+        torch.testing.assert_close(torch.autograd.grad(loss, logits), torch.autograd.grad(oracle, logits))
+        method.train()
+    broken = torch.full((4, CLASSES), torch.nan)
+    method(broken, torch.zeros(4, dtype=torch.int64))
+    assert method.threshold.isfinite()
+
+
+def test_born_again_over_epochs():
+    """Plain training for two epochs; then the first weights, taught by the last predictions of before."""
+    model = nn.Linear(3, CLASSES).double()
+    first = copy.deepcopy(model.state_dict())
+    method = baselines.born_again(SAMPLES, CLASSES, alpha=0.3, temperature=2.0)
+    with pytest.raises(RuntimeError, match="watch"):
+        method.set_epoch(2, 4)
+    method.watch(model)
+    teacher = torch.full((SAMPLES, CLASSES), torch.nan, dtype=torch.float64)
+    for epoch in range(4):
+        method.set_epoch(epoch, 4)
+        again = {name: torch.equal(value, first[name]) for name, value in model.state_dict().items()}
+        assert all(again.values()) == (epoch in (0, 2))
+        with torch.no_grad():
+            model.weight += 1
+            model.bias += 1
+        logits, labels, indices = batch()
+        if epoch < 2:
+            oracle = F.cross_entropy(logits, labels)
+            teacher[indices[labels != -100]] = logits.detach().softmax(-1)[labels != -100]
+        else:
+            hard = F.cross_entropy(logits, labels, reduction="none")
+            q = (teacher[indices].log() / 2).softmax(-1)
+            soft = 4 * (q * (q.log() - (logits / 2).log_softmax(-1))).sum(-1)
+            oracle = kept_mean(torch.where(q.isnan().any(-1), hard, 0.3 * hard + 0.7 * soft.nan_to_num()), labels)
+        loss = method(logits, labels, indices)
+        torch.testing.assert_close(loss, oracle, rtol=1e-5, atol=1e-6)  # the bank is float32
+        torch.testing.assert_close(
+            torch.autograd.grad(loss, logits), torch.autograd.grad(oracle, logits), rtol=1e-4, atol=1e-6
+        )
+    other = baselines.born_again(SAMPLES, CLASSES, alpha=0.3, temperature=2.0)
+    other.watch(model)  # a training that goes on begins again where the first one began
+    other.load_state_dict(method.state_dict())
+    other.set_epoch(2, 4)
+    assert all(torch.equal(value, first[name]) for name, value in model.state_dict().items())
 
 
 def test_confident_learning_prunes_by_the_confident_joint():
