@@ -112,3 +112,29 @@ def test_a_vocabulary_of_151936(backend):
         value, gradient = loss_and_gradient("elr", logits, labels, bank.rows(indices), backend=which, **options)
         results.append((value, gradient, bank.predictions))
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("classes", [1000, 40])  # by the general rows of the CPU, and by those of few columns
+@pytest.mark.parametrize("backend", ALL)
+def test_rows_that_lie_beyond_two_to_the_31_entries(backend, classes):
+    """The memory is reserved; only the rows of the batch are ever touched."""
+    samples = 2**31 // classes + 9
+    first, where = torch.arange(8), torch.arange(samples - 8, samples)
+    small = PredictionBank(8, classes, 0.8, torch.bfloat16)
+    logits, labels = 3 * torch.randn(8, classes), torch.randint(classes, (8,))
+    loss_and_gradient("distillation", torch.randn(8, classes), labels, small.rows(first), backend=backend)
+    large = copy.deepcopy(small)
+    large.num_samples = samples
+    for name in ("predictions", "seen", "_claims"):
+        held = getattr(small, name)
+        wide = torch.empty(samples, *held.shape[1:], dtype=held.dtype)
+        wide[where] = held
+        setattr(large, name, wide)
+    assert large.predictions.numel() > 2**31
+    options = {"label_fn": "softmax", "backend": backend}
+    got = loss_and_gradient("distillation", logits, labels, large.rows(where), **options)
+    want = loss_and_gradient("distillation", logits, labels, small.rows(first), **options)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    assert torch.equal(large.predictions[where], small.predictions)
+    assert torch.equal(large.seen[where], small.seen)
+    assert large.seen[where].tolist() == [2] * 8
