@@ -99,9 +99,10 @@ def test_bucket_gradients_are_those_of_the_bucketed_outcomes(backend, divergence
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_widths(backend, dtype, classes):
-    skip_what_takes_the_interpreter_minutes(backend, classes > 10_000)
+    few = classes > 10_000 and interpreted(backend)  # one dtype and the logits of a teacher are enough of it there
+    skip_what_takes_the_interpreter_minutes(backend, few and dtype != torch.float32)
     for divergence in DIVERGENCES:
-        for form in FORMS:
+        for form in FORMS[:1] if few else FORMS:
             logits, teacher = (3 * torch.randn(2, 3, classes, dtype=torch.float64)).unbind()
             given = make_teacher(teacher, form, 5)
             options = {"divergence": divergence, "temperature": 2.0}
