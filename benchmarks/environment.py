@@ -10,6 +10,7 @@ import torch
 
 import sdfast
 from benchmarks.harness import DEVICE
+from sdfast._devices import processor_name
 
 
 def device_name() -> str:
@@ -17,16 +18,8 @@ def device_name() -> str:
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
     else:
-        name = f"{_processor()} {torch.get_num_threads()} cores"
+        name = f"{processor_name()} {torch.get_num_threads()} cores"
     return "-".join(name.lower().replace("(r)", "").replace("@", "").split())
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def copy_rate(megabytes: int = 512) -> float:

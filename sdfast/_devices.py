@@ -1,5 +1,6 @@
 """Devices that torch can compute on here."""
 
+import platform
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -41,6 +42,15 @@ def named(device: torch.device | str) -> torch.device:
         return torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device: got {device!r}, wanted a torch.device or its name, as 'cpu' or 'cuda:0'") from error
+
+
+def processor_name() -> str:
+    """The processor's name, as the kernel has it where there is a kernel that tells."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def current(tensor: torch.Tensor) -> AbstractContextManager:

@@ -91,14 +91,6 @@ class SmallBankRows {
   const T share_;
   std::vector<T> old_, fresh_, gradient_;  // of a row
   std::vector<T> p_, x_;                   // of a block of rows
-  std::vector<int32_t> order_;             // stays empty: the rows are dense
-  int64_t weighed_ = -1;                   // predictions seen, of the latest weight
-  T weight_ = 0;
-
-  T weight_after(int64_t seen) {
-    if (seen != weighed_) weight_ = problem_.bank.weight(seen), weighed_ = seen;
-    return weight_;
-  }
 
   // The row's weighted loss, and its gradient unless that is null.
   T finish(int64_t i, const T* x, const Softmax<T>& softmax, const T* p, T* gradient) {
@@ -108,7 +100,7 @@ class SmallBankRows {
     const bool finite = is_finite(softmax.top), writes = finite && problem_.writes(i);
     const T* source = storage.read(index, old_.data());
     if (finite && (writes || bank.write_first))
-      blend(source, p, n_, T(1), T(0), T(1), weight_after(storage.seen[index]), fresh_.data());
+      blend(source, p, n_, T(1), T(0), T(1), bank.weight(storage.seen[index]), fresh_.data());
     if (finite && bank.write_first) source = fresh_.data();
 
     const Mixture<T> mix = self_distillation::mixture(problem_.loss.alpha_of(i), T(0), int64_t{1});
@@ -126,7 +118,7 @@ class SmallBankRows {
       small_gradient(p, source, n_, mix.label + mix.source, share, factor, gradient);
       gradient[label] -= factor * mix.label;
     }
-    if (writes) storage.write(index, fresh_.data(), order_);
+    if (writes) storage.write_dense(index, fresh_.data());
     return row_weight * loss;
   }
 };

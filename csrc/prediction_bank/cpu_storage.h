@@ -39,9 +39,15 @@ struct Storage {
   }
 
   template <class T>
-  void write(int64_t index, const T* row, std::vector<int32_t>& order) const {
+  void write_dense(int64_t index, const T* row) const {
     ++seen[index];
-    if (!classes) return store(index * columns, row, columns);
+    store(index * columns, row, columns);
+  }
+
+  template <class T>
+  void write(int64_t index, const T* row, std::vector<int32_t>& order) const {
+    if (!classes) return write_dense(index, row);
+    ++seen[index];
     order.resize(columns);
     std::iota(order.begin(), order.end(), 0);
     const auto before = [&](int32_t a, int32_t b) { return row[a] > row[b] || (row[a] == row[b] && a < b); };

@@ -1,12 +1,10 @@
 """MentorNet with its predefined curriculum: the rows of a batch whose loss is below a moving percentile."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from sdfast import _checks
-from sdfast.baselines.method import Method, stats_of_labels
+from sdfast.baselines.method import Method
 from sdfast.ops.self_distillation import LossStats, self_distillation_loss
 
 
@@ -55,13 +53,12 @@ class MentorNet(Method):
 
     def compute(self, logits: Tensor, labels: Tensor, indices: Tensor | None) -> tuple[Tensor, LossStats]:
         """The loss; a batch in training mode moves the threshold first."""
+        losses, stats = self_distillation_loss(logits, labels, 1.0, reduction="none", return_stats=True)
         kept = labels != -100
-        losses: Any = self_distillation_loss(logits.detach(), labels, 1.0, reduction="none")
-        threshold = self._moved(losses, kept) if self.training and torch.is_grad_enabled() else self.threshold
+        moves = self.training and torch.is_grad_enabled()
+        threshold = self._moved(losses.detach(), kept) if moves else self.threshold
         easy = kept if self.epoch < self.burn_in * self.epochs else kept & ~(losses > threshold)
-        weight = easy.to(losses.dtype)
-        loss: Any = self_distillation_loss(logits, labels, 1.0, row_weight=weight, reduction="sum")
-        return loss / weight.sum().clamp(min=1), stats_of_labels(logits, labels)
+        return losses.where(easy, 0).sum() / easy.sum().clamp(min=1), stats
 
     def _moved(self, losses: Tensor, kept: Tensor) -> Tensor:
         """The threshold after this batch; one without a row, or with a loss that is not finite, moves nothing."""

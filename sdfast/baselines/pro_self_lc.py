@@ -5,7 +5,7 @@ import math
 from torch import Tensor
 
 from sdfast import _checks
-from sdfast.baselines.method import Method, row_entropies, stats_of_labels
+from sdfast.baselines.method import Method, row_entropies
 from sdfast.ops.self_distillation import LossStats, self_distillation_loss
 
 
@@ -44,9 +44,9 @@ class ProgressiveSelfLabelCorrection(Method):
 
     def compute(self, logits: Tensor, labels: Tensor, indices: Tensor | None) -> tuple[Tensor, LossStats]:
         """The loss; the statistics are those of learning from the labels."""
-        given: Tensor = self_distillation_loss(logits, labels, 1.0, reduction="none")  # type: ignore[assignment]
+        given, stats = self_distillation_loss(logits, labels, 1.0, reduction="none", return_stats=True)
         entropy = row_entropies(logits)
         share = self.trust() * (1 - entropy / math.log(max(logits.shape[-1], 2)))
         kept = labels != -100
         rows = ((1 - share) * given + share * entropy).where(kept, 0)
-        return rows.sum() / kept.sum().clamp(min=1), stats_of_labels(logits, labels)
+        return rows.sum() / kept.sum().clamp(min=1), stats

@@ -3,7 +3,6 @@
 import argparse
 import json
 import platform
-import re
 import shlex
 import statistics
 import subprocess
@@ -17,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 import sdfast
-from sdfast import _dispatch, _files, report
+from sdfast import _devices, _dispatch, _files, report
 from sdfast.baselines import METHODS, TwoNetworks, make_method
 from sdfast.data import Batches, flip_labels, load_dataset
 from sdfast.experiments.methods_page import page
@@ -186,19 +185,9 @@ def _environment() -> dict[str, Any]:
         "command": shlex.join(["sdfast", *sys.argv[1:]]),
         "commit": commit or f"version {sdfast.__version__}",
         "date": time.strftime("%Y-%m-%d"),
-        "device": f"{_processor()}, 1 thread",
+        "device": f"{_devices.processor_name()}, 1 thread",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "sdfast": sdfast.__version__,
         "backend": _dispatch.automatic("cpu"),
     }
-
-
-def _processor() -> str:
-    """The processor's name, as the kernel has it."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        text = ""
-    named = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return named[1].strip() if named else f"{platform.machine()} CPU"

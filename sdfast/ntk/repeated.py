@@ -95,8 +95,8 @@ def state_of(model: nn.Module, x: Tensor) -> list[Any]:
     """
     state: list[Any] = [id(x), x._version, tuple(x.shape), torch.get_default_dtype()]
     for name, module in model.named_modules():
-        hooks = [len(held) for key, held in module.__dict__.items() if key.endswith("_hooks")]
-        plain = [(key, value) for key, value in module.__dict__.items() if type(value) in _PLAIN]
+        hooks = [list(held) for key, held in module.__dict__.items() if key.endswith("_hooks")]  # by their handles
+        plain = [(key, value) for key, value in module.__dict__.items() if _is_plain(value)]
         state.append(
             (name, id(module), type(module), id(getattr(module.forward, "__func__", module.forward)), hooks, plain)
         )
@@ -104,3 +104,7 @@ def state_of(model: nn.Module, x: Tensor) -> list[Any]:
         own = (id(tensor), tensor.requires_grad) if isinstance(tensor, nn.Parameter) else ()
         state.append((name, tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device, *own))
     return state
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) in _PLAIN or (type(value) is tuple and all(type(part) in _PLAIN for part in value))

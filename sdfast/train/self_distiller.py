@@ -124,7 +124,7 @@ class SelfDistiller:
         self.loss = SelfDistillationLoss(
             1.0 if alpha is None or callable(alpha) else alpha, return_stats=True, **options
         ).to(self.device)
-        self._loss_options = {**options, "class_weight": self.loss.class_weight, "return_stats": AS_STATE}
+        self._loss_options = {**options, "class_weight": self.loss.class_weight}  # as `self.loss` would gather them
         if backend is not None:
             _dispatch.choose(backend, self.device.type)  # refuses one that cannot serve the device, before any work
         self.alpha = alpha
@@ -301,7 +301,9 @@ class SelfDistiller:
         alpha = self.alpha(epoch, step) if callable(self.alpha) else self.alpha
         if alpha is None:
             raise TypeError(f"alpha: the function gave None for epoch {epoch}, step {step}, wanted a number")
-        return self_distillation_loss(logits, labels, alpha, **self._loss_options)  # type: ignore[return-value]
+        return self_distillation_loss(  # type: ignore[return-value]
+            logits, labels, alpha, return_stats=AS_STATE, **self._loss_options
+        )
 
     def _of_all(self, vote: bool) -> list[bool]:
         """That of every process which trains this model: one that went on alone would wait for ever."""

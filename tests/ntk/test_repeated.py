@@ -91,6 +91,13 @@ def test_a_change_is_seen(probes):
     handle = model.first.register_forward_hook(lambda module, inputs, output: output * 2)
     look(True)
     handle.remove()
+    handle = model.first.register_forward_hook(lambda module, inputs, output: output * 3)  # as many as before
+    look(True)
+    handle.remove()
+    look(True)
+    model.scale = (1, 2.0)
+    look(True)
+    model.scale = (1, 3.0)
     look(True)
     look(False)
 

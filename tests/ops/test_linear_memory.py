@@ -7,22 +7,10 @@ import torch
 from helpers import backends, interpreted
 from linear_cases import FORMS, draw, loss_and_gradients
 
+from benchmarks.harness import peak_bytes
 from sdfast.ops import linear_chunks
 
 BACKENDS = backends(without=("cuda",))
-
-
-def peak_bytes(function):
-    """The most that torch's allocator holds during the call beyond what it held before."""
-    gc.collect()
-    with torch.profiler.profile(profile_memory=True) as profile:
-        function()
-    held = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -45,6 +33,7 @@ def test_memory_does_not_grow_with_the_rows(backend, form, reduction, dtype):
 
         run()
         own = rows * width * tensors[0].element_size()
+        gc.collect()
         peaks.append(peak_bytes(run) - own)
     assert peaks[1] < 16384 * classes * tensors[0].element_size() / 2
     per_row = 200  # bytes: a teacher's hidden states, row factors, losses, labels' masks
@@ -64,6 +53,7 @@ def test_the_workspace_is_kept(form, dtype, workspace):
 
     run()
     gradients = rows * width * 4 + classes * width * 6
+    gc.collect()
     assert peak_bytes(run) <= workspace + gradients + 200 * rows + (64 << 10)
 
 

@@ -17,7 +17,7 @@ MIXINGS = {"arithmetic": 0, "geometric": 1}
 STATE_SIZE = 5
 # The trainer's `return_stats`: the state as it is. To make five numbers of it takes longer than the loss itself after a
 # training step, which leaves nothing of Python's code in the caches.
-AS_STATE: Any = "state"
+AS_STATE: Any = object()
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
