@@ -61,7 +61,8 @@ class InformationProbe:
 
     A callback of `SelfDistiller.fit`, called after each epoch; in a loop of your own call ``probe(model)`` after
     each step. Dong et al. 2019, figure 5. The model is looked at in evaluation mode, and left as it is. How it uses its
-    parameters is found out at the first look, at every tenth, and after a change of its modules or parameters.
+    parameters is found out at the first look, at every tenth, and after a change of its modules or parameters; memory
+    for its gradients, at most 256 MiB, is held from look to look.
 
     Args:
         inputs: The batch (n, ...), always the same.
