@@ -16,6 +16,7 @@ from sdfast.experiments.experiment import NAMES
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "reproduced.md"
 KEPT = ("experiment", "title", "source", "question", "reading", "preset", "claims", "failures")
+VERDICTS = {True: "holds", False: "**does not hold**", None: "too few seeds"}
 HEAD = """# What the papers claim, and what came out
 
 Written by `python -m benchmarks.reproduced` from `{path}`, the record of
@@ -36,11 +37,11 @@ def recorded(folder: Path, about: dict) -> dict:
 def page(run: dict, path: str) -> str:
     """The record as Markdown."""
     claims = [claim for found in run["experiments"] for claim in found["claims"]]
-    parts = [HEAD.format(**run, path=path, claims=len(claims), held=sum(claim["holds"] for claim in claims))]
+    parts = [HEAD.format(**run, path=path, claims=len(claims), held=sum(claim["holds"] is True for claim in claims))]
     for found in run["experiments"]:
         parts += [f"## {found['title']}", f"{found['source']}. {found['question']}", found["reading"]]
         rows = [
-            f"| {claim['text']} | {'holds' if claim['holds'] else '**does not hold**'} | {claim['size']} "
+            f"| {claim['text']} | {VERDICTS[claim['holds']]} | {claim['size']} "
             f"| {'' if claim['p'] is None else format(claim['p'], '.2g')} | {claim['seeds']} |"
             for claim in found["claims"]
         ]
