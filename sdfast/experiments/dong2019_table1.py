@@ -156,14 +156,15 @@ def _train(
     if name == "co-teaching":  # must be told how many labels are wrong; nobody else is
         options = {"forget_rate": round(float((labels != data.train_labels).double().mean()), 4)}
     epochs = settings.cnn_epochs if cnn else settings.epochs
-    recipe = Recipe(epochs=epochs, batch_size=settings.batch_size, device=settings.device)
+    recipe = Recipe(
+        epochs=epochs, batch_size=settings.batch_size, learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay, device=settings.device,
+    )  # fmt: skip
     make = network(data, "small_cnn") if cnn else network(data, settings.model, settings.hidden)
     torch.manual_seed(seed)
     model = TwoNetworks(make(), make()) if name == "co-teaching" else make()
     model = model.to(settings.device)
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=settings.learning_rate, momentum=recipe.momentum, weight_decay=settings.weight_decay
-    )
+    optimizer = recipe.optimizer(model)
     method = make_method(name, labels, data.num_classes, **options)
     scheduler = CosineAnnealingLR(optimizer, epochs)
     distiller = SelfDistiller(model, optimizer, method=method, scheduler=scheduler, device=settings.device)
