@@ -175,22 +175,35 @@ void small_rows(const T* x, int64_t row_stride, int rows, int64_t n, const T* sc
     softmax[r] = small_softmax(x + r * row_stride, n, scale[r], out ? out + r * n : nullptr, rate);
 }
 
-// out_c = out_c scale - uniform w_c (w = 1 where null)
+// out_c = (out_c scale - uniform w_c) factor (w = 1 where null)
 template <class T>
-SDFAST_CLONES void scale_minus(T* out, int64_t n, T scale, T uniform, const T* w) {
+SDFAST_CLONES void scale_minus(T* out, int64_t n, T scale, T uniform, const T* w, T factor) {
   sweep<T>(n, [&](int64_t i, auto used, auto) {
     Lanes<T> lanes = load_some(out + i, used, T(0)) * scale;
     if (w)
       lanes -= load_some(w + i, used, T(0)) * uniform;
     else
       lanes -= uniform;
-    store_some(out + i, lanes, used);
+    store_some(out + i, Lanes<T>(lanes * factor), used);
   });
 }
 
+// out_c = (out_c first) second, each product rounded
 template <class T>
-SDFAST_CLONES void scale(T* out, int64_t n, T factor) {
-  sweep<T>(n, [&](int64_t i, auto used, auto) { store_some(out + i, load_some(out + i, used, T(0)) * factor, used); });
+SDFAST_CLONES void scale(T* out, int64_t n, T first, T second = 1) {
+  sweep<T>(n, [&](int64_t i, auto used, auto) {
+    store_some(out + i, load_some(out + i, used, T(0)) * first * second, used);
+  });
+}
+
+// What `small_rows` has left at mass p_c, made the gradient of a target at two classes: less these, times the row's own
+// weight, times factor.
+template <class T>
+void finish_small_gradient(T* gradient, int64_t n, int64_t label, T at_label, int64_t source, T at_source, T own,
+                           T factor) {
+  gradient[label] -= at_label;
+  gradient[source] -= at_source;
+  scale(gradient, n, own, factor);
 }
 
 // sum_c w_c (-log p_c), with -log p_c = log_total - (x_c - shift); a class of weight 0 adds nothing
