@@ -12,7 +12,7 @@ namespace sdfast::prediction_bank {
 template <class T>
 SDFAST_CLONES Sums<T> source_sums(const T* x, const T* t, int64_t n, T shift, T log_total) {
   vec::Total<T> mass, loss;
-  sweep<T>(n, [&](int64_t i, auto used, auto slot) {
+  sweep<T>(n, [&](int64_t i, auto used, auto slot) SDFAST_INLINE_LAMBDA {
     const Lanes<T> weight = load_some(t + i, used, T(0));
     const Lanes<T> term = log_total - (load_some(x + i, used, shift) - shift);
     loss[slot] += weight == T(0) ? Lanes<T>{} : weight * term;
@@ -24,7 +24,7 @@ SDFAST_CLONES Sums<T> source_sums(const T* x, const T* t, int64_t n, T shift, T 
 // out_c = factor (p_c mass - share t_c)
 template <class T>
 SDFAST_CLONES void small_gradient(const T* p, const T* t, int64_t n, T mass, T share, T factor, T* out) {
-  sweep<T>(n, [&](int64_t i, auto used, auto) {
+  sweep<T>(n, [&](int64_t i, auto used, auto) SDFAST_INLINE_LAMBDA {
     const Lanes<T> target = load_some(t + i, used, T(0)) * share;
     store_some(out + i, self_distillation::cross_entropy_gradient(load_some(p + i, used, T(0)), target, mass) * factor,
                used);

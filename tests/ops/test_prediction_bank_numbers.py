@@ -132,7 +132,7 @@ def test_a_row_with_alpha_one_is_the_plain_loss_bit_for_bit(backend, classes, dt
             unread = copy.deepcopy(bank).eval()
             unread.predictions.fill_(torch.nan)
             self_distillation_loss(logits, labels, 0.4, source=other.rows(indices), **options)
-            for each in (bank,) if quick and classes > 1000 or not plain.all() else (bank, unread):
+            for each in (bank,) if (quick and classes > 1000) or not plain.all() else (bank, unread):
                 leaf = logits.clone().requires_grad_()
                 got = run(leaf, each.rows(indices))
                 (gradient,) = torch.autograd.grad(got, leaf, upstream)
