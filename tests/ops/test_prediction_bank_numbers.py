@@ -1,12 +1,13 @@
 """What losses elsewhere get wrong, on a prediction bank and on every backend."""
 
 import copy
+import math
 import random
 
 import pytest
 import torch
 from bank_cases import LOSSES, filled, inputs, same
-from helpers import DTYPES, backends, interpreted
+from helpers import DTYPES, backends, device_of, interpreted
 
 import sdfast
 from sdfast import PredictionBank, elr_loss, self_distillation_loss
@@ -190,27 +191,39 @@ def test_a_vocabulary_of_151936(backend):
     torch.testing.assert_close(*results)
 
 
-@pytest.mark.parametrize("classes", [1000, 40])  # by the general rows of the CPU, and by those of few columns
+# By the general rows of the CPU, and by those of few columns; values and classes of rows of which few are stored.
+@pytest.mark.parametrize(("classes", "top_k"), [(1000, None), (40, None), (40, 7)])
 @pytest.mark.parametrize("backend", ALL)
-def test_rows_that_lie_beyond_two_to_the_31_entries(backend, classes):
-    """The memory is reserved; only the rows of the batch are ever touched."""
-    samples = 2**31 // classes + 9
+def test_rows_that_lie_beyond_two_to_the_31_entries(backend, classes, top_k, tmp_path):
+    """The memory is a file's that holds nothing, or a GPU's; only the rows of the batch are ever touched."""
+    if top_k and (backend in ("cuda", "reference") or device_of(backend) != "cpu"):
+        pytest.skip("top-k: no CUDA kernel; gigabytes of a GPU, and of the reference's own counts")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it would touch all of it
+
+    def reserved(name, *shape, dtype):
+        if device_of(backend) != "cpu":
+            return torch.empty(shape, dtype=dtype)
+        return torch.from_file(str(tmp_path / name), True, math.prod(shape), dtype=dtype).view(shape)
+
+    samples = 2**31 // (top_k or classes) + 9
     first, where = torch.arange(8), torch.arange(samples - 8, samples)
-    small = PredictionBank(8, classes, 0.8, torch.bfloat16)
+    small = PredictionBank(8, classes, 0.8, torch.bfloat16, top_k=top_k)
     logits, labels = 3 * torch.randn(8, classes), torch.randint(classes, (8,))
     loss_and_gradient("distillation", torch.randn(8, classes), labels, small.rows(first), backend=backend)
     large = copy.deepcopy(small)
     large.num_samples = samples
-    for name in ("predictions", "seen", "_claims"):
+    kept = ("predictions", "seen", "_claims", *(("classes",) if top_k else ()))
+    for name in kept:
         held = getattr(small, name)
-        wide = torch.empty(samples, *held.shape[1:], dtype=held.dtype)
+        wide = reserved(name, samples, *held.shape[1:], dtype=held.dtype)
         wide[where] = held
         setattr(large, name, wide)
     assert large.predictions.numel() > 2**31
+    assert not top_k or large.classes.numel() > 2**31
     options = {"label_fn": "softmax", "backend": backend}
     got = loss_and_gradient("distillation", logits, labels, large.rows(where), **options)
     want = loss_and_gradient("distillation", logits, labels, small.rows(first), **options)
     torch.testing.assert_close(got, want, rtol=0, atol=0)
-    assert torch.equal(large.predictions[where], small.predictions)
-    assert torch.equal(large.seen[where], small.seen)
+    for name in kept:
+        assert torch.equal(getattr(large, name)[where], getattr(small, name)), name
     assert large.seen[where].tolist() == [2] * 8
