@@ -190,6 +190,13 @@ struct OutputRow {
   Layout<In, kAligned> layout;
   Accumulated<In>* wide = nullptr;
 
+  __device__ void store_one(int column, Accumulated<In> value) const {
+    if (wide)
+      wide[column] = value;
+    else
+      first[column] = static_cast<In>(value);
+  }
+
   template <class T>
   __device__ void store(int step, const T (&values)[Piece<In>::kSize]) const {
     if (wide) {

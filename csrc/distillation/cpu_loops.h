@@ -23,7 +23,7 @@ template <class T>
 SDFAST_CLONES T kl(const T* x, const T* t, const T* p, const T* q, int64_t n, Side<T> student, Side<T> teacher, T mass,
                    T scale, bool fresh, T* out) {
   vec::Total<T> total;
-  sweep<T>(n, [&](int64_t i, auto used, auto slot) {
+  sweep<T>(n, [&](int64_t i, auto used, auto slot) SDFAST_INLINE_LAMBDA {
     const Lanes<T> log_p = log_probability<T>(load_some(x + i, used, student.shift), student);
     const Lanes<T> log_q = log_probability<T>(load_some(t + i, used, teacher.shift), teacher);
     const Lanes<T> q_c = load_some(q + i, used, T(0)) * teacher.normalizer;
@@ -41,7 +41,7 @@ SDFAST_CLONES T kl(const T* x, const T* t, const T* p, const T* q, int64_t n, Si
 template <class T>
 SDFAST_CLONES T reverse_kl(const T* x, const T* t, const T* p, int64_t n, Side<T> student, Side<T> teacher, T* scores) {
   vec::Total<T> total;
-  sweep<T>(n, [&](int64_t i, auto used, auto slot) {
+  sweep<T>(n, [&](int64_t i, auto used, auto slot) SDFAST_INLINE_LAMBDA {
     const Lanes<T> log_p = log_probability<T>(load_some(x + i, used, student.shift), student);
     const Lanes<T> log_q = log_probability<T>(load_some(t + i, used, teacher.shift), teacher);
     const Lanes<T> p_c = load_some(p + i, used, T(0)) * student.normalizer;
@@ -62,7 +62,7 @@ struct JsSums {
 template <class T>
 SDFAST_CLONES JsSums<T> js(const T* p, T* q, int64_t n, T p_normalizer, T q_normalizer) {
   vec::Total<T> loss, inner;
-  sweep<T>(n, [&](int64_t i, auto used, auto slot) {
+  sweep<T>(n, [&](int64_t i, auto used, auto slot) SDFAST_INLINE_LAMBDA {
     const Lanes<T> p_c = load_some(p + i, used, T(0)) * p_normalizer, q_c = load_some(q + i, used, T(0)) * q_normalizer;
     const Lanes<T> m = (p_c + q_c) * T(0.5);
     const Lanes<T> score = p_c == T(0) ? Lanes<T>{} : vec::log_or_zero(Lanes<T>(p_c / m)) * T(0.5);
@@ -79,7 +79,7 @@ SDFAST_CLONES JsSums<T> js(const T* p, T* q, int64_t n, T p_normalizer, T q_norm
 template <class T>
 SDFAST_CLONES void write_score_gradient(const T* p, const T* scores, int64_t n, T normalizer, T inner, T scale,
                                         bool fresh, T* out) {
-  sweep<T>(n, [&](int64_t i, auto used, auto) {
+  sweep<T>(n, [&](int64_t i, auto used, auto) SDFAST_INLINE_LAMBDA {
     const Lanes<T> p_c = load_some(p + i, used, T(0)) * normalizer;
     Lanes<T> gradient = score_gradient(p_c, load_some(scores + i, used, T(0)), inner) * scale;
     if (!fresh) gradient += load_some(out + i, used, T(0));
@@ -90,7 +90,7 @@ SDFAST_CLONES void write_score_gradient(const T* p, const T* scores, int64_t n, 
 // out_c = log p_c + more
 template <class T>
 SDFAST_CLONES void log_probabilities(const T* x, int64_t n, Side<T> side, T more, T* out) {
-  sweep<T>(n, [&](int64_t i, auto used, auto) {
+  sweep<T>(n, [&](int64_t i, auto used, auto) SDFAST_INLINE_LAMBDA {
     store_some(out + i, log_probability<T>(load_some(x + i, used, side.shift), side) + more, used);
   });
 }

@@ -245,18 +245,18 @@ struct SmallRows {
            (!out || out.template direct<T>(0));
   }
 
-  // hard_scales[r] is the factor of row r's cross entropy, whose p goes to `gradient` unless that is null
-  void make(int64_t first, int rows, const T* hard_scales, T* gradient) {
-    const auto softmaxes = [&](const Rows& from, const T* scales, T* out, Softmax<T>* made, T rate) {
-      self_distillation::small_rows(static_cast<const T*>(from.data) + first * from.row_stride, from.row_stride, rows,
-                                    problem.hard.classes, scales, out, made, rate);
-    };
+  // The p of the cross entropy goes to `gradient` unless that is null.
+  void make(int64_t first, int rows, T* gradient) {
     T ones[kRows];
     std::fill_n(ones, kRows, T(1));
-    if (hard) softmaxes(problem.hard.logits, hard_scales, gradient, plain, T(1));
+    const auto softmaxes = [&](const Rows& from, T* out, Softmax<T>* made, T rate) {
+      self_distillation::small_rows(static_cast<const T*>(from.data) + first * from.row_stride, from.row_stride, rows,
+                                    problem.hard.classes, ones, out, made, rate);
+    };
+    if (hard) softmaxes(problem.hard.logits, gradient, plain, T(1));
     if (!soft) return;
-    softmaxes(problem.hard.logits, ones, p.data(), student, T(1) / problem.temperature);
-    softmaxes(problem.teacher, ones, q.data(), teacher, T(1) / problem.teacher_temperature);
+    softmaxes(problem.hard.logits, p.data(), student, T(1) / problem.temperature);
+    softmaxes(problem.teacher, q.data(), teacher, T(1) / problem.teacher_temperature);
   }
 
   Given<T> of(int r) {
@@ -278,12 +278,9 @@ void run_rows(const Problem<T>& problem, int64_t begin, int64_t end, bool split_
   const int64_t step = small ? SmallRows<T>::kRows : 1;
   for (int64_t first = begin; first < end; first += step) {
     const int rows = static_cast<int>(std::min(step, end - first));
-    T factors[SmallRows<T>::kRows], hard_scales[SmallRows<T>::kRows] = {};
-    for (int r = 0; r < rows; ++r) {
-      factors[r] = factor_of(first + r);
-      hard_scales[r] = factors[r] * problem.alpha_of(first + r);
-    }
-    if (small) small_rows.make(first, rows, hard_scales, out ? out.template direct<T>(first) : nullptr);
+    T factors[SmallRows<T>::kRows];
+    for (int r = 0; r < rows; ++r) factors[r] = factor_of(first + r);
+    if (small) small_rows.make(first, rows, out ? out.template direct<T>(first) : nullptr);
     for (int r = 0; r < rows; ++r) {
       const int64_t i = first + r;
       T* const direct = out ? out.template direct<T>(i) : nullptr;

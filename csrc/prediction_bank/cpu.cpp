@@ -66,7 +66,9 @@ class BankRow {
         prepared.source = logs;
       }
     }
-    row_.prepared = &prepared;
+    // A small row that only learns its label is left to the plain loss's own way, which has other bits.
+    const bool plain = row_.mix.source == 0 && !regularised;
+    if (!plain || problem_.loss.classes > kSmallRow<T>) row_.prepared = &prepared;
     RowResult<T> result = row_.run();
     if (regularised) {
       result.loss += bank.strength * std::log(T(1) - agreement_.inner);
@@ -115,12 +117,12 @@ class BankRow {
 
 template <class T>
 RowResult<T> run_bank_row(const BankProblem<T>& problem, BankScratch<T>& scratch, bool split_columns, int64_t i,
-                          const Peak<T>* known, T factor, const OutputRows& out) {
+                          const Peak<T>* known, const OutputRows& out) {
   T* const direct = out ? out.template direct<T>(i) : nullptr;
   T* const gradient = out && !direct ? scratch.loss.row(Scratch<T>::kGradient) : direct;
   RowResult<T> result;
   if (problem.loss.kept(i)) {
-    result = BankRow<T>(problem, scratch, split_columns, i, known, factor, gradient).run();
+    result = BankRow<T>(problem, scratch, split_columns, i, known, problem.factor_of(i), gradient).run();
     result.loss *= problem.loss.weight_of(i);
   } else if (gradient) {
     std::fill_n(gradient, problem.loss.classes, T(0));
@@ -170,16 +172,16 @@ std::tuple<Tensor, Tensor, Tensor> forward_as(BankProblem<T> problem, const Tens
   std::vector<RowResult<T>> results(loss.rows);
   // An all-ignored batch has loss 0, not 0/0.
   const T divisor = d.reduction != kMean || counts.kept == 0 ? T(1) : counts.denominator;
-  const T share = late ? T(1) : T(1) / divisor;
+  problem.late = late;
+  problem.share = T(1) / divisor;
   const bool small = SmallBankRows<T>::serves(problem);
   const auto run = [&](int64_t begin, int64_t end, bool split_columns, bool last) {
     const auto taken = [&](int64_t i) { return (problem.roles[i] == kWritesLast) == last; };
-    if (small) return run_small_rows(problem, begin, end, share, out, taken, results.data());
+    if (small) return run_small_rows(problem, begin, end, out, taken, results.data());
     BankScratch<T> scratch(problem);
     for (int64_t i = begin; i < end; ++i) {
       if (taken(i))
-        results[i] = run_bank_row(problem, scratch, split_columns, i, d.adaptive ? &peaks[i] : nullptr,
-                                  loss.weight_of(i) * share, out);
+        results[i] = run_bank_row(problem, scratch, split_columns, i, d.adaptive ? &peaks[i] : nullptr, out);
     }
   };
   over_rows(loss.rows, loss.classes,

@@ -17,7 +17,10 @@ struct BankProblem {
   Storage storage;
   const int64_t* indices;      // (N,)
   std::vector<uint8_t> roles;  // (N,) of Role
+  bool late = false;           // whether the gradient's factor is still to come
+  T share = 1;                 // of each row in the reduced loss
 
+  T factor_of(int64_t i) const { return late ? T(1) : loss.weight_of(i) * share; }
   bool writes(int64_t i) const { return bank.update && roles[i] != kSharesOnly; }
 };
 

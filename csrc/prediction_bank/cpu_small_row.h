@@ -12,7 +12,7 @@ namespace sdfast::prediction_bank {
 template <class T>
 SDFAST_CLONES Sums<T> source_sums(const T* x, const T* t, int64_t n, T shift, T log_total) {
   vec::Total<T> mass, loss;
-  sweep<T>(n, [&](int64_t i, auto used, auto slot) {
+  sweep<T>(n, [&](int64_t i, auto used, auto slot) SDFAST_INLINE_LAMBDA {
     const Lanes<T> weight = load_some(t + i, used, T(0));
     const Lanes<T> term = log_total - (load_some(x + i, used, shift) - shift);
     loss[slot] += weight == T(0) ? Lanes<T>{} : weight * term;
@@ -24,7 +24,7 @@ SDFAST_CLONES Sums<T> source_sums(const T* x, const T* t, int64_t n, T shift, T 
 // out_c = factor (p_c mass - share t_c)
 template <class T>
 SDFAST_CLONES void small_gradient(const T* p, const T* t, int64_t n, T mass, T share, T factor, T* out) {
-  sweep<T>(n, [&](int64_t i, auto used, auto) {
+  sweep<T>(n, [&](int64_t i, auto used, auto) SDFAST_INLINE_LAMBDA {
     const Lanes<T> target = load_some(t + i, used, T(0)) * share;
     store_some(out + i, self_distillation::cross_entropy_gradient(load_some(p + i, used, T(0)), target, mass) * factor,
                used);
@@ -45,16 +45,8 @@ class SmallBankRows {
            problem.bank.strength == 0 && problem.bank.clamp == 0;
   }
 
-  // Row i's gradient is `share` times its row weight times that of its loss.
-  SmallBankRows(const BankProblem<T>& problem, const OutputRows& out, T share)
-      : problem_(problem),
-        n_(problem.loss.classes),
-        out_(out),
-        share_(share),
-        old_(n_),
-        fresh_(n_),
-        gradient_(n_),
-        p_(kRows * n_) {}
+  SmallBankRows(const BankProblem<T>& problem, const OutputRows& out)
+      : problem_(problem), n_(problem.loss.classes), out_(out), old_(n_), fresh_(n_), gradient_(n_), p_(kRows * n_) {}
 
   // Rows [first, first + rows), rows <= kRows, of those that `taken(i)` names.
   template <class Taken>
@@ -88,7 +80,6 @@ class SmallBankRows {
   const BankProblem<T>& problem_;
   const int64_t n_;
   const OutputRows& out_;
-  const T share_;
   std::vector<T> old_, fresh_, gradient_;  // of a row
   std::vector<T> p_, x_;                   // of a block of rows
 
@@ -113,21 +104,23 @@ class SmallBankRows {
     }
     if (softmax.top.nan) loss = std::numeric_limits<T>::quiet_NaN();
 
-    const T row_weight = problem_.loss.weight_of(i), factor = row_weight * share_;
     if (gradient) {
-      small_gradient(p, source, n_, mix.label + mix.source, share, factor, gradient);
-      gradient[label] -= factor * mix.label;
+      const T mass = mix.label + mix.source, factor = problem_.factor_of(i);
+      const T* target = mix.source != 0 ? source : p;  // a row that does not teach is not looked at, whatever it holds
+      small_gradient(p, target, n_, mass, share, factor, gradient);
+      // As `finish_small_gradient` has it, so that a row with alpha = 1 has the plain loss's bits.
+      gradient[label] = (p[label] * mass - target[label] * share - mix.label) * factor;
     }
     if (writes) storage.write_dense(index, fresh_.data());
-    return row_weight * loss;
+    return problem_.loss.weight_of(i) * loss;
   }
 };
 
 // Of rows [begin, end) those that `taken(i)` names.
 template <class T, class Taken>
-void run_small_rows(const BankProblem<T>& problem, int64_t begin, int64_t end, T share, const OutputRows& out,
+void run_small_rows(const BankProblem<T>& problem, int64_t begin, int64_t end, const OutputRows& out,
                     const Taken& taken, RowResult<T>* results) {
-  SmallBankRows<T> rows(problem, out, share);
+  SmallBankRows<T> rows(problem, out);
   constexpr int64_t kRows = SmallBankRows<T>::kRows;
   for (int64_t first = begin; first < end; first += kRows)
     rows.run(first, static_cast<int>(std::min(kRows, end - first)), taken, results);

@@ -83,7 +83,11 @@ struct Storage {
   template <class T>
   void store(int64_t at, const T* from, int64_t count) const {
     const auto copy = [&](auto* to) {
-      for (int64_t j = 0; j < count; ++j) to[j] = static_cast<std::remove_reference_t<decltype(*to)>>(from[j]);
+      using Stored = std::remove_reference_t<decltype(*to)>;
+      if constexpr (std::is_same_v<Stored, T>)
+        std::copy_n(from, count, to);
+      else
+        for (int64_t j = 0; j < count; ++j) to[j] = static_cast<Stored>(from[j]);
     };
     if (type == ScalarType::Float) return copy(static_cast<float*>(predictions) + at);
     if (type == ScalarType::Double) return copy(static_cast<double*>(predictions) + at);

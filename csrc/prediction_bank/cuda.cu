@@ -67,11 +67,11 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
                                              bank.weight(seen),
                                              teaches,
                                              problem.label_fn == kSoftmax,
-                                             late || bank.strength != 0,
+                                             bank.strength != 0 && teaches,
                                              {problem.logits, i, bank.clamp},
                                              layout};
     const RowResult<T> row = Row<In, kAligned, kTargets, BankSource<In, kAligned>>(
-                                 problem, layout, i, alpha, late ? weight : weight / facts.divisor, source)
+                                 problem, layout, i, alpha, late ? T(1) : weight / facts.divisor, source)
                                  .run();
     if (storage.claims && index == given && closes(storage, index, layout.team)) {
       if (bank.update) write_row<In, kAligned>(storage, problem.logits, bank, index, writer, layout);

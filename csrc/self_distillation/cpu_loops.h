@@ -41,7 +41,7 @@ SDFAST_CLONES Peak<T> peak(const T* x, int64_t n) {
         unordered |= lanes != lanes;
       }
     }
-    sweep<T>(count - i, [&](int64_t at, auto used, auto) {
+    sweep<T>(count - i, [&](int64_t at, auto used, auto) SDFAST_INLINE_LAMBDA {
       const Lanes<T> lanes = load_some(from + i + at, used, lowest);
       high[0] = lanes > high[0] ? lanes : high[0];
       unordered |= lanes != lanes;
@@ -64,13 +64,13 @@ SDFAST_CLONES T exp_sum(const T* x, int64_t n, T shift, T scale, T* terms) {
   const T lowest = -std::numeric_limits<T>::infinity();
   vec::Total<T> total;
   if (terms) {
-    sweep<T>(n, [&](int64_t i, auto used, auto slot) {
+    sweep<T>(n, [&](int64_t i, auto used, auto slot) SDFAST_INLINE_LAMBDA {
       const Lanes<T> term = vec::exp_nonpositive((load_some(x + i, used, lowest) - shift) * scale);
       store_some(terms + i, term, used);
       total[slot] += term;
     });
   } else {
-    sweep<T>(n, [&](int64_t i, auto used, auto slot) {
+    sweep<T>(n, [&](int64_t i, auto used, auto slot) SDFAST_INLINE_LAMBDA {
       total[slot] += vec::exp_nonpositive((load_some(x + i, used, lowest) - shift) * scale);
     });
   }
@@ -175,29 +175,41 @@ void small_rows(const T* x, int64_t row_stride, int rows, int64_t n, const T* sc
     softmax[r] = small_softmax(x + r * row_stride, n, scale[r], out ? out + r * n : nullptr, rate);
 }
 
-// out_c = out_c scale - uniform w_c (w = 1 where null)
+// out_c = (out_c scale - uniform w_c) factor (w = 1 where null)
 template <class T>
-SDFAST_CLONES void scale_minus(T* out, int64_t n, T scale, T uniform, const T* w) {
-  sweep<T>(n, [&](int64_t i, auto used, auto) {
+SDFAST_CLONES void scale_minus(T* out, int64_t n, T scale, T uniform, const T* w, T factor) {
+  sweep<T>(n, [&](int64_t i, auto used, auto) SDFAST_INLINE_LAMBDA {
     Lanes<T> lanes = load_some(out + i, used, T(0)) * scale;
     if (w)
       lanes -= load_some(w + i, used, T(0)) * uniform;
     else
       lanes -= uniform;
-    store_some(out + i, lanes, used);
+    store_some(out + i, Lanes<T>(lanes * factor), used);
   });
 }
 
+// out_c = (out_c first) second, each product rounded
 template <class T>
-SDFAST_CLONES void scale(T* out, int64_t n, T factor) {
-  sweep<T>(n, [&](int64_t i, auto used, auto) { store_some(out + i, load_some(out + i, used, T(0)) * factor, used); });
+SDFAST_CLONES void scale(T* out, int64_t n, T first, T second = 1) {
+  sweep<T>(n, [&](int64_t i, auto used, auto)
+                  SDFAST_INLINE_LAMBDA { store_some(out + i, load_some(out + i, used, T(0)) * first * second, used); });
+}
+
+// What `small_rows` has left at mass p_c, made the gradient of a target at two classes: less these, times the row's own
+// weight, times factor.
+template <class T>
+void finish_small_gradient(T* gradient, int64_t n, int64_t label, T at_label, int64_t source, T at_source, T own,
+                           T factor) {
+  gradient[label] -= at_label;
+  gradient[source] -= at_source;
+  scale(gradient, n, own, factor);
 }
 
 // sum_c w_c (-log p_c), with -log p_c = log_total - (x_c - shift); a class of weight 0 adds nothing
 template <class T>
 SDFAST_CLONES T negative_log_sum(const T* x, int64_t n, T shift, T log_total, const T* w) {
   vec::Total<T> total;
-  sweep<T>(n, [&](int64_t i, auto used, auto slot) {
+  sweep<T>(n, [&](int64_t i, auto used, auto slot) SDFAST_INLINE_LAMBDA {
     // The fill makes the unused lanes exactly zero.
     Lanes<T> term = log_total - (load_some(x + i, used, shift + log_total) - shift);
     if constexpr (std::is_same_v<decltype(used), int>) {
@@ -215,7 +227,7 @@ SDFAST_CLONES T negative_log_sum(const T* x, int64_t n, T shift, T log_total, co
 // target_c = uniform + label y_c + source h_c; y and h absent where null. A slope > 0 makes it h_c = clamp(slope h_c).
 template <class T>
 SDFAST_CLONES void mix_target(T* target, int64_t n, Mixture<T> mix, const T* y, const T* h, T slope) {
-  sweep<T>(n, [&](int64_t i, auto used, auto) {
+  sweep<T>(n, [&](int64_t i, auto used, auto) SDFAST_INLINE_LAMBDA {
     Lanes<T> lanes = broadcast(mix.uniform);
     if (y) lanes += load_some(y + i, used, T(0)) * mix.label;
     if (h) {
@@ -243,7 +255,7 @@ SDFAST_INLINE Lanes<T> log_probability(const Lanes<T>& t) {
 
 template <class T>
 SDFAST_CLONES void take_logarithms(T* target, int64_t n) {
-  sweep<T>(n, [&](int64_t i, auto used, auto) {
+  sweep<T>(n, [&](int64_t i, auto used, auto) SDFAST_INLINE_LAMBDA {
     store_some(target + i, log_probability<T>(load_some(target + i, used, T(1))), used);
   });
 }
@@ -252,7 +264,7 @@ SDFAST_CLONES void take_logarithms(T* target, int64_t n) {
 template <class T>
 SDFAST_CLONES void mix_logarithms(T* target, int64_t n, const T* s, T shift, T rate, const T* y, Mixture<T> label,
                                   T alpha, T floor) {
-  sweep<T>(n, [&](int64_t i, auto used, auto) {
+  sweep<T>(n, [&](int64_t i, auto used, auto) SDFAST_INLINE_LAMBDA {
     Lanes<T> lanes = (load_some(s + i, used, shift) - shift) * rate + floor;
     if (y) lanes += log_probability<T>(load_some(y + i, used, T(1)) * label.label + label.uniform) * alpha;
     store_some(target + i, lanes, used);
@@ -270,7 +282,7 @@ template <class T>
 SDFAST_CLONES Sums<T> cross_entropy_sums(const T* x, const T* target, int64_t n, T shift, T log_total, const T* w,
                                          bool kl) {
   vec::Total<T> mass, loss;
-  sweep<T>(n, [&](int64_t i, auto used, auto slot) {
+  sweep<T>(n, [&](int64_t i, auto used, auto slot) SDFAST_INLINE_LAMBDA {
     const Lanes<T> t = load_some(target + i, used, T(0));
     Lanes<T> term = log_total - (load_some(x + i, used, shift) - shift);
     if (kl) term += vec::log_or_zero(t);
@@ -285,7 +297,7 @@ SDFAST_CLONES Sums<T> cross_entropy_sums(const T* x, const T* target, int64_t n,
 template <class T>
 SDFAST_CLONES void write_cross_entropy_gradient(T* out, const T* target, int64_t n, T normalizer, T mass, T factor,
                                                 const T* w) {
-  sweep<T>(n, [&](int64_t i, auto used, auto) {
+  sweep<T>(n, [&](int64_t i, auto used, auto) SDFAST_INLINE_LAMBDA {
     Lanes<T> t = load_some(target + i, used, T(0));
     if (w) t *= load_some(w + i, used, T(0));
     const Lanes<T> p = load_some(out + i, used, T(0)) * normalizer;
@@ -297,7 +309,7 @@ SDFAST_CLONES void write_cross_entropy_gradient(T* out, const T* target, int64_t
 template <class T>
 SDFAST_CLONES T squared_error(const T* x, const T* target, int64_t n, T classes, T factor, T* out) {
   vec::Total<T> total;
-  sweep<T>(n, [&](int64_t i, auto used, auto slot) {
+  sweep<T>(n, [&](int64_t i, auto used, auto slot) SDFAST_INLINE_LAMBDA {
     const Lanes<T> difference = load_some(x + i, used, T(0)) - load_some(target + i, used, T(0));
     total[slot] += difference * difference;
     if (out) store_some(out + i, mse_gradient(difference, classes) * factor, used);
@@ -314,7 +326,7 @@ struct BrierSums {
 template <class T>
 SDFAST_CLONES BrierSums<T> brier_sums(const T* terms, const T* target, int64_t n, T normalizer) {
   vec::Total<T> loss, inner;
-  sweep<T>(n, [&](int64_t i, auto used, auto slot) {
+  sweep<T>(n, [&](int64_t i, auto used, auto slot) SDFAST_INLINE_LAMBDA {
     const Lanes<T> p = load_some(terms + i, used, T(0)) * normalizer;
     const Lanes<T> difference = p - load_some(target + i, used, T(0));
     loss[slot] += difference * difference;
@@ -326,7 +338,7 @@ SDFAST_CLONES BrierSums<T> brier_sums(const T* terms, const T* target, int64_t n
 // out_c = factor times the Brier gradient, p_c = out_c normalizer
 template <class T>
 SDFAST_CLONES void write_brier_gradient(T* out, const T* target, int64_t n, T normalizer, T inner, T factor) {
-  sweep<T>(n, [&](int64_t i, auto used, auto) {
+  sweep<T>(n, [&](int64_t i, auto used, auto) SDFAST_INLINE_LAMBDA {
     const Lanes<T> p = load_some(out + i, used, T(0)) * normalizer;
     const Lanes<T> difference = p - load_some(target + i, used, T(0));
     store_some(out + i, brier_gradient(p, difference, inner) * factor, used);
@@ -337,7 +349,7 @@ SDFAST_CLONES void write_brier_gradient(T* out, const T* target, int64_t n, T no
 template <class T>
 SDFAST_CLONES T entropy(const T* target, int64_t n) {
   vec::Total<T> total;
-  sweep<T>(n, [&](int64_t i, auto used, auto slot) {
+  sweep<T>(n, [&](int64_t i, auto used, auto slot) SDFAST_INLINE_LAMBDA {
     const Lanes<T> t = load_some(target + i, used, T(0));
     total[slot] -= t == T(0) ? Lanes<T>{} : t * vec::log_or_zero(t);
   });

@@ -13,7 +13,8 @@ struct Prepared {
   T source_sum;     // 0 for logits
 };
 
-// One row: its loss, and factor times its gradient into `gradient` unless that is null.
+// One row: its loss, and factor times its gradient into `gradient` unless that is null. The factor comes last, whatever
+// the path: a caller that hands 1 and multiplies afterwards has the same bits.
 template <class T>
 struct Row {
   const Problem<T>& problem;
@@ -24,7 +25,8 @@ struct Row {
   const T* const soft_labels;
   const T* const w;  // class weights or null
   Mixture<T> mix;
-  const T factor;
+  const T row_factor;  // as handed in
+  const T factor;      // of the gradient as its loops write it: 1 where `weigh` goes over it once more
   T* const gradient;
   Peak<T> top;  // of the logits, once found
   bool top_found;
@@ -44,7 +46,8 @@ struct Row {
         soft_labels(problem.soft_labels ? scratch.fetch(problem.soft_labels, i, Scratch<T>::kSoftLabels) : nullptr),
         w(problem.class_weight),
         mix(mixture(problem.alpha_of(i), problem.label_smoothing, problem.classes)),
-        factor(factor),
+        row_factor(factor),
+        factor(problem.row_power != 0 ? T(1) : factor),
         gradient(gradient),
         top_found(known != nullptr) {
     if (known) top = *known;
@@ -70,7 +73,7 @@ struct Row {
   void weigh() {
     const T own = std::exp(problem.row_power * ((x[label] - top.value) - log_total));
     result.loss = weighted_loss(own, result.loss);
-    if (gradient) columns.apply([&](int64_t b, int64_t e) { scale(gradient + b, e - b, own); });
+    if (gradient) columns.apply([&](int64_t b, int64_t e) { scale(gradient + b, e - b, own, row_factor); });
   }
 
   const Peak<T>& find_top() {
@@ -86,12 +89,12 @@ struct Row {
   // Cross entropy or KL against a target with at most two classes above its uniform floor: O(1) beside the softmax.
   // `source` is h's class; negative where h is the one-hot of these very logits.
   void sparse(int64_t source) {
-    const bool bare = !w && mix.uniform == 0;  // then the gradient's scale is known before the softmax
+    const bool bare = !w && mix.uniform == 0;  // then the target's mass is known before the softmax
     const bool small = bare && columns.count <= kSmallRow<T> && !prepared;
     T mass = mix.label + mix.source;
     T total;
     if (small) {
-      const Softmax<T> softmax = given ? *given : small_row(factor * mass);
+      const Softmax<T> softmax = given ? *given : small_row(mass);
       top = softmax.top;
       total = softmax.total;
       log_total = softmax.log_total;
@@ -115,17 +118,25 @@ struct Row {
     }
     if (top.nan) result.loss = std::numeric_limits<T>::quiet_NaN();
     if (!gradient) return;
-    if (!small) {
-      const T scaled = factor * (mass / total);
-      columns.apply([&](int64_t b, int64_t e) {
-        if (mix.uniform != 0)
-          scale_minus(gradient + b, e - b, scaled, factor * mix.uniform, weights(b));
-        else
-          scale(gradient + b, e - b, scaled);
-      });
-    }
-    gradient[label] -= factor * at_label;
-    gradient[source] -= factor * at_source;
+    if (small)
+      finish_small_gradient(gradient, columns.count, label, at_label, source, at_source, T(1), factor);
+    else
+      finish_gradient(mass / total, source, at_label, at_source);
+  }
+
+  // From the exponentials in `gradient`; the two classes of the target are made by themselves.
+  void finish_gradient(T scaled, int64_t source, T at_label, T at_source) {
+    const auto raw = [&](int64_t c) { return gradient[c] * scaled - mix.uniform * weight(c); };
+    T of_label = raw(label) - at_label, of_source = raw(source) - at_source;
+    if (source == label) of_label = of_source = of_label - at_source;
+    columns.apply([&](int64_t b, int64_t e) {
+      if (mix.uniform != 0)
+        scale_minus(gradient + b, e - b, scaled, mix.uniform, weights(b), factor);
+      else
+        scale(gradient + b, e - b, scaled, factor);
+    });
+    gradient[label] = of_label * factor;
+    gradient[source] = of_source * factor;
   }
 
   Softmax<T> small_row(T scale) const {
@@ -327,7 +338,7 @@ bool rows_are_small(const Problem<T>& problem, const OutputRows& out) {
 
 // What `Row::sparse` does after the softmax, for the commonest call: cross entropy alone, h the one-hot of the logits
 // or absent. Worth its lines at ten classes, where setting up a `Row` costs as much as its softmax.
-// With kWeighted the row is times p_label^power, as by `Row::weigh`, but scaled before the label is taken off.
+// With kWeighted the row is times p_label^power, as by `Row::weigh`.
 template <bool kWeighted, class T>
 T finish_small_row(const T* x, int64_t label, const Softmax<T>& softmax, const Mixture<T>& mix, T factor, T* gradient,
                    int64_t classes, T power) {
@@ -335,15 +346,8 @@ T finish_small_row(const T* x, int64_t label, const Softmax<T>& softmax, const M
   if (mix.label != 0) loss += mix.label * (softmax.log_total - (x[label] - softmax.top.value));
   if (mix.source != 0) loss += mix.source * softmax.log_total;
   T own = 1;
-  if constexpr (kWeighted) {
-    own = std::exp(power * ((x[label] - softmax.top.value) - softmax.log_total));
-    factor *= own;
-    for (int64_t c = 0; gradient && c < classes; ++c) gradient[c] *= own;
-  }
-  if (gradient) {
-    gradient[label] -= factor * mix.label;
-    if (mix.source != 0) gradient[softmax.top.index] -= factor * mix.source;
-  }
+  if constexpr (kWeighted) own = std::exp(power * ((x[label] - softmax.top.value) - softmax.log_total));
+  if (gradient) finish_small_gradient(gradient, classes, label, mix.label, softmax.top.index, mix.source, own, factor);
   if (softmax.top.nan) return std::numeric_limits<T>::quiet_NaN();
   return kWeighted ? weighted_loss(own, loss) : loss;
 }
@@ -364,7 +368,7 @@ void run_rows(const Problem<T>& problem, int64_t begin, int64_t end, bool split_
     for (int r = 0; r < rows; ++r) {
       factors[r] = factor_of(first + r);
       mixes[r] = mixture(problem.alpha_of(first + r), T(0), int64_t{1});
-      scales[r] = factors[r] * (mixes[r].label + mixes[r].source);
+      scales[r] = mixes[r].label + mixes[r].source;
     }
     const T* x = static_cast<const T*>(problem.logits.data) + first * stride;
     T* gradient = small && out ? out.template direct<T>(first) : nullptr;

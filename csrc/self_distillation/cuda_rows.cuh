@@ -34,7 +34,8 @@ struct Row {
   const Layout<In, kAligned>& layout;
   const int64_t i;
   const T alpha;
-  T factor;  // of the gradient
+  const T factor;  // of the gradient; it comes last, so that who hands 1 and multiplies afterwards has the same bits
+  T own = 1;       // the weight that the row makes itself
   CachedRow<In, kAligned> logits;
   OutputRow<In, kAligned> out;
   Mixture<T> mix;
@@ -64,8 +65,7 @@ struct Row {
     read_logits_and_source();
     if (poisoned) mix.label = mix.uniform = kNaN;
     if constexpr (kDense) {
-      const T own = problem.row_power != 0 ? own_weight() : T(1);
-      factor *= own;
+      if (problem.row_power != 0) own = own_weight();
       if constexpr (kReshaped) scan_target();
       const bool log_loss = problem.loss == kCrossEntropy || problem.loss == kKl;
       const bool one_hot = !kReshaped && (mix.source == 0 || problem.label_fn == kHardmax);
@@ -147,21 +147,21 @@ struct Row {
       result.agrees = top.top == top.top && mix.label == mix.label && keeps_label(mix, label, source);
     }
     if (!(top.total > 0)) result.loss = kNaN;  // a NaN or nothing but -inf, whatever the target weighs
-    if (!problem.gradient) return;
+    if (!problem.wants_gradient()) return;
 
-    const T scale = factor * (mass / top.total);
+    const T scale = mass / top.total;
     logits.template each<1>([&](int step, const Pieces& piece) {
       T g[kSize];
       widen(piece, g);
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) g[j] = exponential<In>(g[j] - top.top) * scale;
+      for (int j = 0; j < kSize; ++j) g[j] = exponential<In>(g[j] - top.top) * scale * own * factor;
       out.store(step, g);
     });
     // The target's classes once more, each by the thread that has just written it.
     const auto write = [&](int column, T weighted_target) {
       if (!layout.owns(column)) return;
       const T p = exponential<In>(static_cast<T>(logits[column]) - top.top) / top.total;
-      out.first[column] = static_cast<In>(cross_entropy_gradient(p, weighted_target, mass) * factor);
+      out.store_one(column, cross_entropy_gradient(p, weighted_target, mass) * own * factor);
     };
     if (source == label) {
       write(label, mass);
@@ -226,14 +226,14 @@ struct Row {
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
         if (problem.loss == kMse) {
-          x[j] = mse_gradient(x[j] - t[j], static_cast<T>(problem.classes)) * factor;
+          x[j] = mse_gradient(x[j] - t[j], static_cast<T>(problem.classes)) * own * factor;
           continue;
         }
         const T p = exponential<In>(x[j] - top.top) * normalizer;
         if (problem.loss == kBrier)
-          x[j] = brier_gradient(p, p - t[j], mass_or_inner) * factor;
+          x[j] = brier_gradient(p, p - t[j], mass_or_inner) * own * factor;
         else if (layout.holds(step, j))
-          x[j] = cross_entropy_gradient(p, t[j] * weight(layout.column(step, j)), mass_or_inner) * factor;
+          x[j] = cross_entropy_gradient(p, t[j] * weight(layout.column(step, j)), mass_or_inner) * own * factor;
       }
       source.add_gradient(step, factor, x);
       out.store(step, x);

@@ -8,7 +8,13 @@ import triton.language as tl
 
 from sdfast.ops.distillation.description import REDUCTIONS
 from sdfast.ops.distillation.triton_steps import BUCKET, KL, LOGITS, hard_tile, soft_gradient, soft_tile, unlisted_mass
-from sdfast.ops.self_distillation.triton_batch import batch_denominator, finish_batch, row_alphas, store_partial
+from sdfast.ops.self_distillation.triton_batch import (
+    batch_denominator,
+    divided,
+    finish_batch,
+    row_alphas,
+    store_partial,
+)
 from sdfast.ops.self_distillation.triton_steps import index_labels, load_tile, row_statistics, store_gradient
 
 NONE = tl.constexpr(REDUCTIONS["none"])
@@ -91,9 +97,10 @@ def rows_kernel(
     row_factor = tl.full([R], 1.0, REAL)
     if row_weight is not None:
         row_factor = tl.load(row_weight + row, mask=kept, other=0.0)
-    factor = row_factor / denominator
+    factor = row_factor
     if BACKWARD:
-        factor *= tl.load(upstream + row * upstream_stride, mask=kept, other=0.0)
+        factor = tl.load(upstream + row * upstream_stride, mask=kept, other=0.0) * row_factor
+    factor = divided(factor, denominator)
     taught = kept & (a != 1)
     warmth = tl.full([R], temperature, REAL)
     rate = tl.full([R, 1], student_rate, REAL)

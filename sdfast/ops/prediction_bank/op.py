@@ -104,22 +104,23 @@ _TRACED = {"cpu": _COMPILED, "cuda": _COMPILED, "triton": _TRITON}
 class CarryGradient(torch.autograd.Function):
     """A loss whose gradient with respect to the logits is known already.
 
-    With `late` it is not rounded to the logits' dtype yet, nor divided by ``state[1]``, the mean's denominator: a
-    factor is to come that must go in first, one a row without a reduction, or that of float16's loss scaler.
+    With `late` it is not rounded to the logits' dtype yet, nor times the row's weight, nor divided by ``state[1]``, the
+    mean's denominator: a factor is to come that must go in first, one a row without a reduction, or that of float16's
+    loss scaler.
     """
 
     @staticmethod
-    def forward(ctx, backend, logits, value, gradient, state, late):
+    def forward(ctx, backend, logits, value, gradient, state, row_weight, late):
         """Keeps the gradient beside the value."""
         ctx.set_materialize_grads(False)
         ctx.backend, ctx.dtype = backend, logits.dtype
-        ctx.save_for_backward(gradient, state if late else None)
+        ctx.save_for_backward(*((gradient, state, row_weight) if late else (gradient, None, None)))
         return value.clone()
 
     @staticmethod
     def backward(ctx, upstream):
         """The gradient times the upstream one."""
-        return None, known_gradient(ctx, upstream), None, None, None, None
+        return None, known_gradient(ctx, upstream), *(None,) * 5
 
 
 class LossOnRows(torch.autograd.Function):
@@ -131,7 +132,7 @@ class LossOnRows(torch.autograd.Function):
         value, gradient, state = _EAGER[backend](logits, *others, *packed_arguments)
         ctx.set_materialize_grads(False)
         ctx.backend, ctx.dtype = backend, logits.dtype
-        ctx.save_for_backward(gradient, state if late else None)
+        ctx.save_for_backward(*((gradient, state, others[-1]) if late else (gradient, None, None)))
         ctx.mark_non_differentiable(state)
         return value, state
 
@@ -142,14 +143,17 @@ class LossOnRows(torch.autograd.Function):
 
 
 def known_gradient(ctx: Any, upstream: Tensor | None) -> Tensor | None:
-    """The saved gradient times the upstream one, rounded where it came late."""
+    """The saved gradient times the upstream one, rounded where it came late.
+
+    The factor is put together as the plain loss's backward does it: a row with α = 1 has that loss's bits.
+    """
     refuse_double_backward("a loss on a PredictionBank")
     if upstream is None:
         return None
-    gradient, state = ctx.saved_tensors  # read once: activation checkpointing unpacks them only once
+    gradient, state, row_weight = ctx.saved_tensors  # read once: activation checkpointing unpacks them only once
     if state is None:
         return scaled(gradient, upstream, ctx.backend)
-    factor = upstream / state[1]
+    factor = (upstream if row_weight is None else upstream * row_weight) / state[1]
     return (gradient * (factor[:, None] if factor.dim() else factor)).to(ctx.dtype)
 
 
@@ -209,7 +213,7 @@ def _native(
         return value, state
     operations = _EXPORTED if torch.compiler.is_exporting() else _TRACED
     value, gradient, state = operations[backend](logits.detach(), *others, *packed_arguments)
-    return (CarryGradient.apply(backend, logits, value, gradient, state, late) if wanted else value), state
+    return (CarryGradient.apply(backend, logits, value, gradient, state, row_weight, late) if wanted else value), state
 
 
 def check_indices(

@@ -20,6 +20,7 @@ from sdfast.ops.prediction_bank.triton_tiles import (
 from sdfast.ops.self_distillation.description import REDUCTIONS
 from sdfast.ops.self_distillation.triton_batch import (
     batch_denominator,
+    divided,
     finish_batch,
     is_correct,
     row_alphas,
@@ -27,7 +28,15 @@ from sdfast.ops.self_distillation.triton_batch import (
     store_state,
     store_statistics,
 )
-from sdfast.ops.self_distillation.triton_steps import KL, MSE, first_peak, index_labels, row_statistics, store_gradient
+from sdfast.ops.self_distillation.triton_steps import (
+    BRIER,
+    KL,
+    MSE,
+    first_peak,
+    index_labels,
+    row_statistics,
+    store_gradient,
+)
 from sdfast.ops.self_distillation.triton_sweep import entropy_terms, gradient_tile, row_terms
 
 NONE = tl.constexpr(REDUCTIONS["none"])
@@ -183,13 +192,14 @@ def bank_kernel(
     row_factor = tl.full([R], 1.0, REAL)
     if row_weight is not None:
         row_factor = tl.load(row_weight + row, mask=kept, other=0.0)
+    factor = tl.full([R], 1.0, REAL)
+    if not LATE:
+        factor = divided(row_factor, denominator)
+    own = tl.full([R], 1.0, REAL)
     if ROW_POWER:
         at = tl.load(row_pointers + label.to(tl.int64) * column_stride, mask=kept, other=0.0).to(REAL)
         own = tl.exp(tl.full([R], row_power, REAL) * (at - high - tl.log(total)))
         row_factor *= own
-    factor = row_factor
-    if not LATE:
-        factor = row_factor / denominator
 
     # What the bank's row fixes: its peak and sum, and how far the logits agree with it.
     rate = 1.0 / tl.full([R, 1], temperature, REAL)
@@ -264,8 +274,10 @@ def bank_kernel(
     target_peaks = tl.full([R, B], float("-inf"), REAL)
     target_firsts = none
     target_nans = tl.zeros([R, B], tl.int1)
-    for start in range(0, classes, B):
-        columns = start + lanes
+    # Backwards, as the plain loss's sweep goes: a row with alpha = 1 adds up in the same order, to the same bits.
+    last = (classes - 1) // B * B
+    for step in range(0, classes, B):
+        columns = last - step + lanes
         x, p, t, inside = believed_tile(
             columns, classes, pointers, column_stride, fixed, lowest, WRITE_FIRST, CLAMP, K, REAL
         )
@@ -282,12 +294,14 @@ def bank_kernel(
         parts += part
         if STATS:
             entropies += entropy_terms(target)
-            higher = inside & (target > target_peaks)
+            higher = inside & (target >= target_peaks)  # an equal entry that comes later stands before
             target_firsts = tl.where(higher, columns[None, :], target_firsts)
             target_peaks = tl.where(higher, target, target_peaks)
             target_nans = target_nans | (target != target)
     row_loss = tl.sum(losses, 1)
     part_sum = tl.sum(parts, 1)
+    if LOSS != BRIER and not SOFT_LABELS and class_weight is None:
+        part_sum = at_label + uniform * classes + at_source  # known, as in the plain loss
 
     if gradient is not None:
         for start in range(0, classes, B):
@@ -303,7 +317,7 @@ def bank_kernel(
             weighted = target
             if class_weight is not None:
                 weighted *= tl.load(class_weight + columns, mask=columns < classes, other=0.0)[None, :]
-            values = gradient_tile(x, p, target, weighted, part_sum, factor, kept, classes, LOSS)
+            values = gradient_tile(x, p, target, weighted, part_sum, own, factor, kept, classes, LOSS)
             if REGULARISE:
                 held = tl.where((p >= lowest) & (p <= 1.0 - lowest), t, 0.0)
                 held = p * (pull[:, None] - held) * (slope * factor)[:, None]

@@ -193,6 +193,17 @@ def batch_denominator(
 
 
 @triton.jit
+def divided(
+    numerator,  # (R,)
+    denominator,  # (1,)
+):
+    """The quotient as IEEE rounds it, which `/` of float32 does not on a GPU: torch divides alike."""
+    if numerator.dtype == tl.float32:
+        return tl.div_rn(numerator, denominator)
+    return numerator / denominator
+
+
+@triton.jit
 def row_alphas(
     alpha,
     alpha_value,

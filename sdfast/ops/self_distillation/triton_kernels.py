@@ -10,6 +10,7 @@ import triton.language as tl
 from sdfast.ops.self_distillation.description import REDUCTIONS
 from sdfast.ops.self_distillation.triton_batch import (
     batch_denominator,
+    divided,
     finish_batch,
     is_correct,
     row_alphas,
@@ -104,9 +105,10 @@ def rows_kernel(
     row_factor = tl.full([R], 1.0, REAL)
     if row_weight is not None:
         row_factor = tl.load(row_weight + row, mask=kept, other=0.0)
-    factor = row_factor / denominator
+    factor = row_factor
     if BACKWARD:
-        factor *= tl.load(upstream + row * upstream_stride, mask=kept, other=0.0)
+        factor = tl.load(upstream + row * upstream_stride, mask=kept, other=0.0) * row_factor
+    factor = divided(factor, denominator)
 
     # What a row's own numbers fix: peaks and sums of the logits and of the source.
     OWN_SOURCE: tl.constexpr = source is None
@@ -146,11 +148,11 @@ def rows_kernel(
     if LABEL_FN == HARDMAX:
         uniform = tl.where(source_nan & (at_source != 0), float("nan"), uniform)
 
+    own = tl.full([R], 1.0, REAL)
     if ROW_POWER:
         at = tl.load(row_pointers + label.to(tl.int64) * column_stride, mask=kept, other=0.0).to(REAL)
         own = tl.exp(tl.full([R], row_power, REAL) * (at - high - tl.log(total)))
         row_factor *= own
-        factor *= own
 
     out_pointers = row_pointers
     if gradient is not None:
@@ -165,7 +167,7 @@ def rows_kernel(
         (column_stride, label_column_stride, source_stride),
         (kept, label, uniform, at_label, at_source, high, total, source_hard, source_high, rated),
         (a, smoothing, tl.full([R, 1], target_power, REAL)), parameter, at_label + uniform * classes + at_source,
-        factor, out_pointers, row < rows,
+        own, factor, out_pointers, row < rows,
         LOSS, LABEL_FN, GEOMETRIC, SHARPENED, SOFT_LABELS, OWN_SOURCE, WEIGHTED, SHARE_EXP,
         LOSS == MSE or (LOSS != BRIER and not SOFT_LABELS and not WEIGHTED), gradient is not None, STATS, R, B,
         ONE_TILE, STAGES, REAL,

@@ -47,19 +47,23 @@ def gradient_tile(
     target,  # (R, B)
     weighted,  # (R, B)
     sums,  # (R,) of the second of row_terms
+    own,  # (R,) weights that the rows make themselves
     factor,  # (R,)
     kept,  # (R,)
     classes,
     LOSS: tl.constexpr,
 ):
-    """The row's factor times the loss's gradient with respect to the logits."""
+    """The loss's gradient with respect to the logits, times the row's own weight, times its factor.
+
+    The factor comes last, each product rounded: who hands 1 and multiplies afterwards has the same bits.
+    """
     if LOSS == MSE:
         gradient = (x - target) * (2.0 / classes.to(factor.dtype))
     elif LOSS == BRIER:
         gradient = p * (p - target - sums[:, None]) * 2.0
     else:
         gradient = p * sums[:, None] - weighted
-    return tl.where(kept[:, None], gradient * factor[:, None], 0.0)
+    return tl.where(kept[:, None], gradient * own[:, None] * factor[:, None], 0.0)
 
 
 @triton.jit
@@ -71,6 +75,7 @@ def sweep(
     shape,  # alpha, smoothing (R,), power (R, 1)
     parameter,
     mass,  # (R,) of the weighted target; used where it is known beforehand
+    own,  # (R,)
     factor,  # (R,)
     out_pointers,  # (R,) of gradient rows
     stored,  # (R,) which rows of the gradient exist
@@ -121,7 +126,7 @@ def sweep(
         if GRADIENT:
             if not KNOWN_MASS:
                 mass = tl.sum(parts, 1)
-            values = gradient_tile(x, p, target, weighted, mass, factor, kept, classes, LOSS)
+            values = gradient_tile(x, p, target, weighted, mass, own, factor, kept, classes, LOSS)
             store_gradient(out_pointers, lanes, stored, classes, values)
         return tl.sum(terms, 1), entropy, peak, best, nan
 
@@ -150,7 +155,7 @@ def sweep(
             peaks = tl.where(higher, target, peaks)
             nans = nans | (target != target)
         if GRADIENT and KNOWN_MASS:
-            values = gradient_tile(x, p, target, weighted, mass, factor, kept, classes, LOSS)
+            values = gradient_tile(x, p, target, weighted, mass, own, factor, kept, classes, LOSS)
             store_gradient(out_pointers, columns, stored, classes, values)
     if GRADIENT and not KNOWN_MASS:
         mass = tl.sum(part_sums, 1)
@@ -160,7 +165,7 @@ def sweep(
                 columns, classes, pointers, strides, row, shape, parameter, LOSS, LABEL_FN, GEOMETRIC, SHARPENED,
                 SOFT_LABELS, OWN_SOURCE, WEIGHTED, SHARE_EXP, REAL,
             )  # fmt: skip
-            values = gradient_tile(x, p, target, weighted, mass, factor, kept, classes, LOSS)
+            values = gradient_tile(x, p, target, weighted, mass, own, factor, kept, classes, LOSS)
             store_gradient(out_pointers, columns, stored, classes, values)
     peak, best, nan = first_peak(peaks, firsts, nans, classes)
     return tl.sum(losses, 1), tl.sum(entropies, 1), peak, best, nan
