@@ -2,10 +2,13 @@
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from sdfast.ops.gram.precision import TERMS
+
 if TYPE_CHECKING:
     from sdfast.ntk.plan import Entry, Plan
 
 _NEAR = 2.0  # where operations differ by no more than this factor, they alone choose wrongly: measured rates decide
+_PANEL = 2**23  # bytes of the streamed gradients that are formed at once: they stay in the cache
 
 
 class Rates(NamedTuple):
@@ -124,6 +127,44 @@ def may_serve(factors: tuple[int, int, int], numel: int, form: str, classes: int
     return positions * (max(inputs, 1) + classes * width) < numel * classes or pairs.flops < _NEAR * rows.flops
 
 
+def units_at_once(unit: int, samples: int, classes: int, itemsize: int) -> int:
+    """Rows of a weight (columns of an embedding) whose gradients are formed together.
+
+    Args:
+        unit: Entries of one.
+        samples: Of all sides.
+        classes: Outputs.
+        itemsize: Bytes of a number.
+
+    Returns:
+        At least 1, and no fewer columns than a sum of products takes in one go.
+    """
+    return max(1, max(TERMS, _PANEL // (samples * classes * itemsize)) // unit)
+
+
+def streams(
+    factors: tuple[int, int, int], shape: tuple[int, ...], everyone: int, classes: int, itemsize: int, memory: int
+) -> bool:
+    """Whether factors are held in place of gradients that are multiplied as rows: they must be fewer numbers.
+
+    Args:
+        factors: See `contracts`.
+        shape: Of the parameter.
+        everyone: Samples of both sides together.
+        classes: C.
+        itemsize: Bytes of a number.
+        memory: Bytes of a group, beside which the columns that are formed at once must be few.
+
+    Returns:
+        Whether.
+    """
+    positions, inputs, width = factors
+    unit = inputs or shape[0]
+    fewer = positions * (max(inputs, 1) + classes * width) < unit * width * classes
+    columns = min(width, units_at_once(unit, everyone, classes, itemsize)) * unit
+    return fewer and columns * everyone * classes * itemsize <= memory // 8
+
+
 def count(plan: "Plan", work_of: dict[str, int], forward_flops: int, tiles: list[tuple[int, int, bool]]) -> None:
     """Fills in the costs of every entry and of the passes.
 
@@ -137,7 +178,8 @@ def count(plan: "Plan", work_of: dict[str, int], forward_flops: int, tiles: list
     looped = any(entry.method == "loop" for entry in plan.entries)
     for entry in plan.entries:
         entry.passes = sum(
-            entry.name in group.factored or any(piece.parameter == entry.name for piece in group.pieces)
+            entry.name in (*group.factored, *group.streamed)
+            or any(piece.parameter == entry.name for piece in group.pieces)
             for group in plan.groups
         )
         if entry.method != "zero":
@@ -165,3 +207,6 @@ def _count_entry(entry: "Entry", plan: "Plan", flops: int, tiles: list[tuple[int
     entry.gradient_flops, entry.product_flops = int(work.gradients), int(work.products + 2 * work.pairs)
     entry.memory = one * plan.everyone
     entry.bytes = int(entry.memory + read * one + pairs)
+    if entry.method == "stream":  # the factors are held, written and read once; the gradients are formed from them
+        entry.memory = entry.factor_bytes(plan.everyone, plan.classes, plan.itemsize)
+        entry.bytes += 2 * entry.memory
