@@ -53,4 +53,23 @@ void add_product(Tensor total, Tensor product, std::optional<Tensor> factor, std
 }  // namespace
 }  // namespace sdfast::gram
 
-STABLE_TORCH_LIBRARY_IMPL(sdfast, CPU, m) { m.impl("_gram_add", TORCH_BOX(&sdfast::gram::add_product)); }
+#include "cpu_triangle.h"
+
+namespace sdfast::gram {
+namespace {
+
+void add_own_triangle(Tensor total, Tensor rows) {
+  const bool wide = total.scalar_type() == ScalarType::Double;
+  if (rows.scalar_type() == ScalarType::Double)
+    add_triangle<double, double>(total, rows);
+  else
+    wide ? add_triangle<double, float>(total, rows) : add_triangle<float, float>(total, rows);
+}
+
+}  // namespace
+}  // namespace sdfast::gram
+
+STABLE_TORCH_LIBRARY_IMPL(sdfast, CPU, m) {
+  m.impl("_gram_add", TORCH_BOX(&sdfast::gram::add_product));
+  m.impl("_gram_triangle", TORCH_BOX(&sdfast::gram::add_own_triangle));
+}

@@ -11,7 +11,7 @@ from sdfast.ntk.plan import Plan
 from sdfast.ntk.products import add_single_positions, single_positions, tile_of_factors, tile_of_rows
 from sdfast.ntk.sample_rows import PathChangedError
 from sdfast.ntk.source import Source
-from sdfast.ntk.streamed import Streamed, add_streamed
+from sdfast.ntk.streamed import Streamed, streamed_tiles
 
 
 class Piece(NamedTuple):
@@ -128,10 +128,8 @@ class Block:
         self, other: "Block", tiles: list[tuple[slice, slice]], form: str, precision: str
     ) -> list[Tensor] | None:
         """What streamed parameters add to each of all tiles; ``None`` where there are none."""
-        totals: list[Tensor | None] = [None] * len(tiles)
-        for name, streamed in self.streamed.items():
-            add_streamed(totals, tiles, streamed, other.streamed[name], form, precision)
-        return [total for total in totals if total is not None] or None
+        sides = [(streamed, other.streamed[name]) for name, streamed in self.streamed.items()]
+        return streamed_tiles(sides, self.rows, tiles, form, precision)
 
     def not_finite(self, group: Group) -> list[str]:
         """The parameters of the group whose gradients hold NaN or infinity."""

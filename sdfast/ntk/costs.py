@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from sdfast.ntk.plan import Entry, Plan
 
 _NEAR = 2.0  # where operations differ by no more than this factor, they alone choose wrongly: measured rates decide
-_PANEL = 2**23  # bytes of the streamed gradients that are formed at once: they stay in the cache
+_PANEL = 2**24  # bytes of the streamed gradients that are formed at once: they stay in the cache
 
 
 class Rates(NamedTuple):
@@ -127,19 +127,18 @@ def may_serve(factors: tuple[int, int, int], numel: int, form: str, classes: int
     return positions * (max(inputs, 1) + classes * width) < numel * classes or pairs.flops < _NEAR * rows.flops
 
 
-def units_at_once(unit: int, samples: int, classes: int, itemsize: int) -> int:
+def units_at_once(unit: int, held: int, itemsize: int) -> int:
     """Rows of a weight (columns of an embedding) whose gradients are formed together.
 
     Args:
         unit: Entries of one.
-        samples: Of all sides.
-        classes: Outputs.
+        held: Gradients of one entry: samples of all sides, times outputs.
         itemsize: Bytes of a number.
 
     Returns:
         At least 1, and no fewer columns than a sum of products takes in one go.
     """
-    return max(1, max(TERMS, _PANEL // (samples * classes * itemsize)) // unit)
+    return max(1, max(TERMS, _PANEL // (held * itemsize)) // unit)
 
 
 def streams(
@@ -161,7 +160,7 @@ def streams(
     positions, inputs, width = factors
     unit = inputs or shape[0]
     fewer = positions * (max(inputs, 1) + classes * width) < unit * width * classes
-    columns = min(width, units_at_once(unit, everyone, classes, itemsize)) * unit
+    columns = min(width, units_at_once(unit, everyone * classes, itemsize)) * unit
     return fewer and columns * everyone * classes * itemsize <= memory // 8
 
 

@@ -92,36 +92,40 @@ def _by_rows(factor: Tensor) -> Tensor:
     return factor if factor.stride(-1) == 1 and factor.stride(-2) >= factor.shape[-1] else factor.contiguous()
 
 
-def add_streamed(
-    totals: list[Tensor | None],
+def streamed_tiles(
+    sides: list[tuple[Streamed, Streamed]],
+    like: Tensor,
     tiles: list[tuple[slice, slice]],
-    left: Streamed,
-    right: Streamed,
     form: str,
     precision: str,
-) -> None:
-    """Adds what one parameter gives to all tiles of a Gram matrix.
+) -> list[Tensor] | None:
+    """What streamed parameters give to all tiles of a Gram matrix.
 
     Args:
-        totals: In float64, of each tile; ``None`` before anything was added.
+        sides: Of each parameter, those of the rows and of the columns; the same one twice for a symmetric matrix.
+        like: A gradient: of their dtype and device.
         tiles: Rows and columns of each.
-        left: Of the rows.
-        right: Of the columns; `left` itself for a symmetric matrix.
         form: See `products.tile_of_rows`.
         precision: Of `PRECISIONS`.
+
+    Returns:
+        Each tile in float64; ``None`` where there are no such parameters.
     """
-    like = next(iter(left.factors() if left.delivered else right.factors()))
-    sides = [left] if right is left else [left, right]
-    everyone = sum(side.samples for side in sides)
-    dtype = next(factor.dtype for factor in left.factors() if factor.is_floating_point())
-    at_once = min(left.units, units_at_once(left.unit, everyone, left.classes, dtype.itemsize))
-    memory = torch.empty(left.classes * everyone * at_once * left.unit, dtype=dtype, device=like.device)
-    for first in range(0, left.units, at_once):
-        last = min(first + at_once, left.units)
-        one = left.columns(memory, first, last)
-        other = one if right is left else right.columns(memory[one.numel() :], first, last)
-        for place, (rows, columns) in enumerate(tiles):
-            triangle = right is left and rows == columns
-            tile = tile_of_rows(one[:, rows], other[:, columns], form, precision, triangle)
-            before = totals[place]
-            totals[place] = tile if before is None else before.add_(tile)
+    at_once, entries = [], 0
+    for left, right in sides:
+        held = left.classes * (left.samples + (0 if right is left else right.samples))
+        at_once.append(min(left.units, units_at_once(left.unit, held, like.element_size())))
+        entries = max(entries, held * at_once[-1] * left.unit)
+    memory = like.new_empty(entries)
+    totals: list[Tensor] = []
+    for (left, right), units in zip(sides, at_once, strict=True):
+        for first in range(0, left.units, units):
+            last = min(first + units, left.units)
+            one = left.columns(memory, first, last)
+            other = one if right is left else right.columns(memory[one.numel() :], first, last)
+            added = [
+                tile_of_rows(one[:, rows], other[:, columns], form, precision, right is left and rows == columns)
+                for rows, columns in tiles
+            ]
+            totals = [before.add_(tile) for before, tile in zip(totals, added, strict=True)] if totals else added
+    return totals or None

@@ -124,7 +124,7 @@ def test_a_calibrated_plan_decides_for_gram(monkeypatch):
         made = plan(model, x, calibrate=True)
         methods.add(entry(made, "0.weight").method)
         assert_exact(gram(model, x, plan=made), wanted)
-    assert methods == {"materialise", "contract"}
+    assert methods == {"stream", "contract"}
 
 
 def test_a_plan_of_another_call_is_refused():

@@ -1,4 +1,7 @@
-"""The CPU backend: torch's BLAS panel by panel, each panel of at most `TERMS` terms added to the total by one sweep."""
+"""The CPU backend: a kernel of its own for triangles of few rows, and torch's BLAS panel by panel for all others.
+
+Each panel, of at most `TERMS` terms, is added to the total by one sweep.
+"""
 
 from collections.abc import Sequence
 
@@ -10,6 +13,7 @@ from sdfast.ops.gram.precision import PAIRS, TERMS, terms
 
 _PANELS = 8  # of the rows of a triangle: 9/16 of the square is computed
 _LEAST_ROWS = 64  # below which a product is slower than what it saves
+_OWN_ROWS = 512  # of a triangle: beyond, a BLAS that computes more of the square is as fast
 
 
 def panels(rows: int, columns: int, triangle: bool) -> list[tuple[int, int, int]]:
@@ -31,6 +35,10 @@ def _sum(total: Tensor, left: Sequence[Tensor], right: Sequence[Tensor], precisi
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, precision: str, triangle: bool) -> None:
     """Adds left @ right.T, of a triangle what lies on and below the diagonal."""
+    whole = str(left.dtype) == f"torch.{precision}" and (left.stride(1) == 1 or left.shape[1] <= 1)
+    if triangle and whole and len(left) <= _OWN_ROWS:  # of operands that are multiplied as they are
+        op.triangle(total, left)
+        return
     scratch = None
     step = max(1, left.shape[1]) if precision == "float64" else TERMS  # in float64 there is nothing to promote to
     for start in range(0, left.shape[1], step):
