@@ -54,6 +54,36 @@ def test_rows(backend, name, precision):
             assert torch.equal(total.triu(1), before.triu(1))
 
 
+@pytest.mark.parametrize("backend", backends(without=("cuda",)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_long_triangles(backend, dtype):
+    """Rows and columns around every size at which a kernel turns to its next piece, in rows far apart."""
+    name = str(dtype).removeprefix("torch.")
+    for rows in (1, 7, 31, 33, 64, 97):
+        for width in (1, 127, 129, 1023, 1025, 2600):
+            held = torch.randn(rows, width + 5, dtype=torch.float64).to(dtype)
+            left = held[:, 2 : 2 + width]
+            exact = product_reference(left, left, name).tril()
+            total = torch.full((rows, rows + 3), 2.0, dtype=torch.float64)
+            add_gram(total[:, :rows], left, precision=name, backend=backend)
+            scale = 2 + left.double().norm(dim=1)[:, None] * left.double().norm(dim=1)
+            assert_close(total[:, :rows].tril(), exact + 2 * torch.ones_like(exact).tril(), scale, name, width)
+            assert (total[:, :rows].triu(1) == torch.full_like(exact, 2.0).triu(1)).all()
+            assert (total[:, rows:] == 2).all()
+
+
+@pytest.mark.parametrize("backend", backends(without=("cuda",)))
+@pytest.mark.parametrize("special", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_in_its_rows(backend, special):
+    left = torch.randn(40, 300)
+    left[17, 123] = special
+    total = torch.zeros(40, 40, dtype=torch.float64)
+    add_gram(total, left, backend=backend)
+    touched = torch.zeros(40, 40, dtype=torch.bool)
+    touched[17], touched[:, 17] = True, True
+    assert torch.equal(~total.isfinite(), touched.tril())
+
+
 @pytest.mark.parametrize("triangle", [True, False])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("backend", [*backends(without=("cuda",)), "reference"])
@@ -94,11 +124,11 @@ def test_factors_equal_the_gradients_they_stand_for(backend):
 @pytest.mark.parametrize("backend", backends(without=("cuda",)))
 @pytest.mark.parametrize("precision", ["float32", "bf16x3"])
 def test_the_error_does_not_grow_with_the_columns(backend, precision):
-    """Numbers of one sign, whose float32 sum would lose digits with every term."""
-    few, many = (torch.rand(3, width) + 0.5 for width in (TERMS, 4 * TERMS + 5))
+    """Numbers of one sign, whose float32 sum would lose digits with every term; many sums, as one may be lucky."""
+    few, many = (torch.rand(24, width) + 0.5 for width in (TERMS, 4 * TERMS + 5))
     errors = []
     for rows in (few, many):
-        total = torch.zeros(3, 3, dtype=torch.float64)
+        total = torch.zeros(24, 24, dtype=torch.float64)
         add_gram(total, rows, precision=precision, backend=backend)
         exact = product_reference(rows, rows, precision).tril()
         errors.append(((total - exact).norm() / exact.norm()).item())
