@@ -186,6 +186,9 @@ def collect(source: Source, group: Group) -> Iterator[Block | int]:
             if name in streamed:
                 streamed[name].add(chunk.start, chunk.output, a, b)
                 continue
+            if source.batch_size == source.samples and source.classes == 1:  # all there is: held as it came
+                factors[name] = a, b[None]
+                continue
             if name not in delivered:  # of the micro-batch, by an earlier output: A is the same for all
                 factors[name][0][part] = a
             factors[name][1][chunk.output, part] = b
