@@ -23,11 +23,19 @@ class Piece(NamedTuple):
 
 
 class Group(NamedTuple):
-    """What one pass over the samples collects: pieces of gradients, factors of contracted and streamed parameters."""
+    """What one pass over the samples collects: pieces of gradients, factors of contracted and streamed parameters.
+
+    Attributes:
+        pieces: Of parameters whose gradients are materialised.
+        factored: Contracted parameters.
+        streamed: Streamed ones.
+        biases: Contracted biases, each with the weight whose factors serve it.
+    """
 
     pieces: tuple[Piece, ...]
     factored: tuple[str, ...]
     streamed: tuple[str, ...] = ()
+    biases: tuple[tuple[str, str], ...] = ()
 
     @property
     def width(self) -> int:
@@ -61,18 +69,20 @@ def groups_of(plan: Plan, samples: int, classes: int, itemsize: int, memory: int
     pieces: list[Piece] = []
     factored: list[str] = []
     streamed: list[str] = []
+    biases = [(entry.name, entry.beside) for entry in plan.entries if entry.beside]
     left = memory
 
     def close() -> None:
         nonlocal left
         if pieces or factored or streamed:
-            groups.append(Group(tuple(pieces), tuple(factored), tuple(streamed)))
+            beside = tuple(pair for pair in biases if pair[1] in factored)
+            groups.append(Group(tuple(pieces), tuple(factored), tuple(streamed), beside))
         for held in (pieces, factored, streamed):
             held.clear()
         left = memory
 
     for entry in plan.entries:
-        if entry.method == "zero":
+        if entry.method == "zero" or entry.beside:
             continue
         if entry.method in ("contract", "stream"):
             size = entry.factor_bytes(samples, classes, itemsize)
@@ -101,6 +111,7 @@ class Block:
         rows: (outputs, samples, width).
         factors: By contracted parameter A (samples, T, d) or tokens (samples, T), and B (outputs, samples, T, p).
         streamed: By streamed parameter.
+        biased: The contracted parameters whose factors serve a bias too.
     """
 
     def __init__(
@@ -108,8 +119,9 @@ class Block:
         rows: Tensor,
         factors: dict[str, tuple[Tensor, Tensor]],
         streamed: dict[str, Streamed] | None = None,
+        biased: frozenset[str] = frozenset(),
     ) -> None:
-        self.rows, self.factors, self.streamed = rows, factors, streamed or {}
+        self.rows, self.factors, self.streamed, self.biased = rows, factors, streamed or {}, biased
 
     def tile(self, other: "Block", rows: slice, columns: slice, form: str, precision: str) -> Tensor:
         """What rows and contracted factors add to a tile of H, in float64; see `products.tile_of_rows`."""
@@ -119,9 +131,9 @@ class Block:
             other_a, other_b = other.factors[name]
             left, right = (a[rows], b[:, rows]), (other_a[columns], other_b[:, columns])
             if single_positions(left, right, form):
-                add_single_positions(total, left, right, precision, triangle)
+                add_single_positions(total, left, right, precision, triangle, name in self.biased)
             else:
-                total += tile_of_factors(left, right, form, precision)
+                total += tile_of_factors(left, right, form, precision, name in self.biased)
         return total
 
     def streamed_tiles(
@@ -134,6 +146,7 @@ class Block:
     def not_finite(self, group: Group) -> list[str]:
         """The parameters of the group whose gradients hold NaN or infinity."""
         names = [name for name, (a, b) in self.factors.items() if not (_finite(a) and _finite(b))]
+        names += [bias for bias, weight in group.biases if not _finite(self.factors[weight][1])]
         names += [name for name, streamed in self.streamed.items() if not all(map(_finite, streamed.factors()))]
         offset = 0
         for name, start, stop in group.pieces:
@@ -196,7 +209,7 @@ def collect(source: Source, group: Group) -> Iterator[Block | int]:
         yield chunk.stop
     for name, one in streamed.items():
         one.check_unchanged(name)
-    yield Block(rows, factors, streamed)
+    yield Block(rows, factors, streamed, frozenset(weight for _, weight in group.biases))
 
 
 def _empty_stream(source: Source, name: str) -> Streamed:

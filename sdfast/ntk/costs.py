@@ -177,7 +177,7 @@ def count(plan: "Plan", work_of: dict[str, int], forward_flops: int, tiles: list
     looped = any(entry.method == "loop" for entry in plan.entries)
     for entry in plan.entries:
         entry.passes = sum(
-            entry.name in (*group.factored, *group.streamed)
+            entry.name in (*group.factored, *group.streamed, *dict(group.biases))
             or any(piece.parameter == entry.name for piece in group.pieces)
             for group in plan.groups
         )
@@ -195,6 +195,9 @@ def count(plan: "Plan", work_of: dict[str, int], forward_flops: int, tiles: list
 
 
 def _count_entry(entry: "Entry", plan: "Plan", flops: int, tiles: list[tuple[int, int, bool]]) -> None:
+    if entry.beside:  # each product of its weight's inputs plus 1
+        entry.product_flops = int(contracted((1, 0, 0), plan.samples, plan.symmetric, plan.form, plan.classes).pairs)
+        return
     read = sum(rows + (0 if diagonal and plan.symmetric else columns) for rows, columns, diagonal in tiles)
     if entry.method == "contract" and entry.factors is not None:
         work = contracted(entry.factors, plan.samples, plan.symmetric, plan.form, plan.classes)

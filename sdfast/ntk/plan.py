@@ -33,6 +33,7 @@ class Entry:
             columns at a time and multiplied at once), ``"loop"`` (one backward pass for each sample), or ``"zero"`` (no
             output depends on it).
         factors: (T, d, p) of a layer that can be contracted: positions, inputs (0: tokens), outputs.
+        beside: Of a contracted bias: its weight, to whose AAᵀ it adds 1.
         reason: Why it is looped.
         kernel: Whose kernels form its gradients: ``"cpu"`` or ``"triton"`` of this package, or ``"torch"``.
         gradient_flops: Of the gradients of all samples and outputs; 0 where none is formed.
@@ -47,6 +48,7 @@ class Entry:
     rule: str
     method: str
     factors: tuple[int, int, int] | None = None
+    beside: str = ""
     reason: str = ""
     kernel: str = TORCH
     gradient_flops: int = 0
@@ -265,4 +267,8 @@ def make_plan(
             ):  # fmt: skip
                 entry.method = "stream"
             entries.append(entry)
+    by_name = {entry.name: entry for entry in entries}
+    for bias, weight in findings.biases.items():
+        if by_name[bias].method == "materialise" and weight in by_name and by_name[weight].single:
+            by_name[bias].method, by_name[bias].beside = "contract", weight
     return Plan(entries)

@@ -112,13 +112,23 @@ def test_factors(backend, precision, triangle):
         assert (total.triu(1) == torch.full_like(total, 3.0).triu(1)).all()
 
 
+@pytest.mark.parametrize("biases", [None, (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("backend", [*backends(without=("cuda",)), "reference"])
-def test_factors_equal_the_gradients_they_stand_for(backend):
-    a, b = torch.randn(6, 7, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
-    rows = (b[:, :, None] * a[:, None, :]).flatten(1)
+def test_factors_equal_the_gradients_they_stand_for(backend, biases):
+    splits = [(7, 3), (2, 5)]
+    a, b = torch.randn(6, 9, dtype=torch.float64), torch.randn(6, 8, dtype=torch.float64)
+    layers = list(zip(a.split([7, 2], 1), b.split([3, 5], 1), strict=True))
+    rows = [(right[:, :, None] * left[:, None, :]).flatten(1) for left, right in layers]
+    rows = torch.cat([*rows, *(b for (_, b), bias in zip(layers, biases or (), strict=False) if bias)], 1)
     total = torch.zeros(6, 6, dtype=torch.float64)
-    add_hadamard_gram(total, (a, b), splits=[(7, 3)], precision="float64", backend=backend)
+    add_hadamard_gram(total, (a, b), splits=splits, biases=biases, precision="float64", backend=backend)
     assert (total - (rows @ rows.T).tril()).norm() <= 1e-14 * total.norm()
+    total = torch.zeros(4, 2, dtype=torch.float64)
+    sides = (a[:4], b[:4]), (a[4:], b[4:])
+    add_hadamard_gram(total, *sides, splits=splits, biases=biases, precision="float64", backend=backend)
+    assert (total - rows[:4] @ rows[4:].T).norm() <= 1e-14 * rows[:4].norm() * rows[4:].norm()
+    with pytest.raises(ValueError, match="biases: got 1 of them, wanted one for each of the 2 layers"):
+        add_hadamard_gram(total, *sides, splits=splits, biases=[True], backend=backend)
 
 
 @pytest.mark.parametrize("backend", backends(without=("cuda",)))
@@ -135,14 +145,16 @@ def test_the_error_does_not_grow_with_the_columns(backend, precision):
     assert errors[1] <= 2 * max(errors[0], 2.0**-24)
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("backend", backends(without=("cuda",)))
-def test_long_factors_are_promoted(backend):
+def test_long_factors_are_promoted(backend, bias):
     a, b = torch.rand(3, 2 * TERMS + 9) + 0.5, torch.rand(3, 2)
     splits = [(a.shape[1], 2)]
     exact = hadamard_reference((a, b), (a, b), splits, "float32").tril()
+    exact += bias * product_reference(b, b, "float32").tril()
     for dtype in (torch.float64, torch.float32):
         total = torch.zeros(3, 3, dtype=dtype)
-        add_hadamard_gram(total, (a, b), splits=splits, backend=backend)
+        add_hadamard_gram(total, (a, b), splits=splits, biases=[bias], backend=backend)
         assert (total - exact).norm() <= 4e-6 * exact.norm()
 
 
