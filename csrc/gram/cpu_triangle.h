@@ -9,6 +9,7 @@
 
 #include "../sample_gradients/cpu_multiply.h"
 #include "../sample_gradients/cpu_pack.h"
+#include "cpu_add.h"
 
 namespace sdfast::gram {
 
@@ -65,13 +66,12 @@ void add_triangle(Tensor& total, const Tensor& x) {
                   sums.data() + part * rows * rows);
   });
   To* to = total.mutable_data_ptr<To>();
-  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 65536 / (parts * rows + 1)),
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t i = begin; i < end; ++i)
-                                  for (int64_t part = 0; part < parts; ++part)
-                                    add_row<To, double>(to + i * total.stride(0),
-                                                        sums.data() + (part * rows + i) * rows, nullptr, i + 1);
-                              });
+  const int64_t grain = std::max<int64_t>(1, 65536 / (parts * rows + 1));
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t part = 0; part < parts; ++part)
+        add_row<To, double>(to + i * total.stride(0), sums.data() + (part * rows + i) * rows, nullptr, i + 1);
+  });
 }
 
 }  // namespace sdfast::gram
