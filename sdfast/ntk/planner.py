@@ -112,10 +112,11 @@ def plan_of(
     made.form, made.classes, made.samples, made.symmetric = form, classes, samples, right is left
     made.precision, made.batch_size, made.memory = precision, left.batch_size, memory
     made.itemsize, made.rates = first.element_size(), rates
-    share = memory
+    # Beside streamed factors lie the columns that are formed from them and the tiles of H, each an eighth at most.
+    share = memory - (memory // 4 if any(entry.method == "stream" for entry in made.entries) else 0)
     if shares > 1:
         column = made.everyone * classes * made.itemsize
-        share = max(column, min(memory, -(-_held(made, column) // shares)))
+        share = max(column, min(share, -(-_held(made, column) // shares)))
     made.groups = groups_of(made, made.everyone, classes, made.itemsize, share)
     return made
 
