@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sdfast.ntk import inputs as feeding
 from sdfast.ntk.capture import Capture, Origin, ParameterMode, Seen, Step
-from sdfast.ntk.comparison import UNSEEN, loop_what_differs
+from sdfast.ntk.comparison import UNSEEN, loop_what_differs, shares_of
 from sdfast.ntk.costs import may_serve
 from sdfast.ntk.coupling import refuse_coupled_gradients, refuse_coupling, refuse_places
 from sdfast.ntk.inputs import Inputs
@@ -25,10 +25,11 @@ from sdfast.ntk.layers import GENERIC, LOOP, Call
 from sdfast.ntk.layers.generic import CANNOT_VMAP
 from sdfast.ntk.outputs import Outputs
 from sdfast.ntk.randomness import refuse_randomness
-from sdfast.ntk.record import Lengths, Record, resolved
+from sdfast.ntk.record import Lengths, Record
 from sdfast.ntk.sample_rows import PathChangedError
 
 _NORMALS = 8191  # that the jitter of a large parameter repeats: a prime, so that rows differ
+_APART = 613  # of them from one parameter to the next
 READS = 8  # further samples on which a value that is read must stay the same
 
 
@@ -79,43 +80,48 @@ def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mappin
     generator = torch.Generator().manual_seed(0)
     picked = [0, inputs.samples // 2, inputs.samples - 1]
     three = inputs.pick(picked)
-    values = {name: _jittered(value, generator) for name, value in parameters.items()}
+    values = _jittered(parameters, generator)
     lengths = Lengths(parameters, values, frozen_batch_norm=True)
     with refuse_randomness(model, inputs), lengths:
         output = feeding.call(model, {key: tensor[[1, 0]] for key, tensor in three.items()})
     swapped = outputs.columns(output, 2).detach()
-    records = []
-    columns = []
-    for sample in (None, 0, 1, 2):
-        tensors = _perturbed(three, sample, inputs, generator)
-        records.append(Record(parameters, values, lengths.calls))
-        with records[-1]:
+
+    def recorded(tensors: dict[int | str, Tensor]) -> tuple[Record, Tensor]:
+        record = Record(parameters, values, lengths.calls)
+        with record:
             output = feeding.call(model, tensors)
-        columns.append(outputs.columns(output, 3).detach())
+        return record, outputs.columns(output, 3).detach()
+
+    base, column = recorded(_copies(three))
+    columns, read, mismatch = [], base.read, base.mismatch
+    for sample in range(3):  # one at a time, so that what is compared lies in the cache and is let go
+        other, changed = recorded(_perturbed(three, sample, inputs, generator))
+        base.compare(other, sample)
+        columns.append(changed)
+        mismatch = mismatch or other.mismatch
+        read = read if other.read == base.read else None
 
     def again() -> Tensor:
         with ParameterMode(parameters, values, frozen_batch_norm=True):
             return outputs.columns(feeding.call(model, _copies(three)), 3).detach()
 
-    refuse_coupling(columns[0], columns[1:], again)
-    refuse_places(columns[0], swapped, again)
-    findings = Findings(batch_norm_trains=lengths.batch_norm_trains, reads=any(record.read for record in records))
-    mismatch = next((record.mismatch for record in records if record.mismatch), None)
-    further = [Record(parameters, values, lengths.calls) for _ in range(READS if records[0].read else 0)]
-    for record in further:
-        tensors = three
+    refuse_coupling(column, columns, again)
+    refuse_places(column, swapped, again)
+    findings = Findings(batch_norm_trains=lengths.batch_norm_trains, reads=read != [])
+    for _ in range(READS if base.read else 0):
+        tensors: Mapping[int | str, Tensor] = three
         for sample in range(3):
             tensors = _perturbed(tensors, sample, inputs, generator)
-        with record:
-            feeding.call(model, tensors)
-    if any(record.read != records[0].read for record in records + further):
+        read = read if recorded(dict(tensors))[0].read == base.read else None
+    if read is None:
         mismatch = "the model reads values of the samples to choose its path"
     if findings.batch_norm_trains:
         findings.looped = dict.fromkeys(parameters, "batch norm in training mode couples the samples")
     elif mismatch is not None:
         findings.looped = dict.fromkeys(parameters, mismatch)
     else:
-        findings.steps = resolved(records)
+        findings.steps = base.resolved()
+    del base  # with the tensors that it noted
     plain = outputs.columns(feeding.call(model, _copies(three)), 3)
     for guarded in (values,) if findings.batch_norm_trains else (values, None):
         try:
@@ -220,16 +226,13 @@ def _guard(
     columns = outputs.columns(output, 3)
     weights = torch.randn(columns.shape, generator=generator, dtype=torch.float64, device="cpu").to(columns)
     rows = mode.gradients((columns * weights).sum(), True) if isinstance(mode, Capture) else {}
+    factors = mode.factors if isinstance(mode, Capture) else {}
+    shares = shares_of(rows, columns, generator)
     if values is None:
-        exact = _exact((plain * weights).sum(1)[1], captured)
-        loop_what_differs(exact, rows, 1, findings.looped, mode.factors if isinstance(mode, Capture) else {})
+        exact = _exact((plain * weights).sum(1) @ shares, captured)
     else:
-        scalars = (columns * weights).sum(1)
-        jittered = {name: values[name] for name in captured}
-        exact = _find_unused(scalars[0], parameters, values, findings)
-        loop_what_differs({name: exact[name] for name in captured}, rows, 0, findings.looped)
-        for sample in (1, 2):
-            loop_what_differs(_exact(scalars[sample], jittered), rows, sample, findings.looped)
+        exact = _find_unused((columns * weights).sum(1) @ shares, parameters, values, findings)
+    loop_what_differs({name: exact[name] for name in captured}, rows, shares, findings.looped, factors)
     if isinstance(mode, _Trial):
         findings.work = mode.work
         for name, uses in mode.uses.items():
@@ -263,10 +266,10 @@ def _find_unused(
 ) -> dict[str, Tensor]:
     """Parameters that reach no output, and those that reach it unseen: not by their jittered values.
 
-    Gives the gradients by the jittered values. What reaches one sample's output reaches all, in one graph.
+    Gives the gradients by the jittered values.
     """
     reached = torch.autograd.grad(
-        scalar, [*parameters.values(), *values.values()], retain_graph=True, allow_unused=True
+        scalar, [*parameters.values(), *values.values()], allow_unused=True
     )
     by_values = reached[len(parameters) :]
     for name, own, jittered in zip(parameters, reached, by_values, strict=False):
@@ -294,18 +297,33 @@ def _materialised(sources: Mapping[str, Tensor], gradients: Sequence[Tensor | No
     }
 
 
-def _jittered(value: Tensor, generator: torch.Generator) -> Tensor:
+def _jittered(parameters: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
     """Other values of the same signs; zeros become small numbers, so that they block no gradient."""
-    drawn = torch.randn(min(value.numel(), _NORMALS), generator=generator, dtype=torch.float64, device="cpu")
-    scaled = value.detach() * _repeated(1 + 0.1 * drawn.clamp(-3, 3), value)
-    zero = scaled == 0
-    return (torch.where(zero, _repeated(0.1 * drawn, value), scaled) if zero.any() else scaled).requires_grad_()
+    drawn = torch.randn(_NORMALS, generator=generator, dtype=torch.float64, device="cpu")
+    first = next(iter(parameters.values()))
+    factors, small = ((numbers.to(first)).repeat(2) for numbers in (1 + 0.1 * drawn.clamp(-3, 3), 0.1 * drawn))
+    jittered = {}
+    for number, (name, value) in enumerate(parameters.items()):
+        place = number * _APART % _NORMALS  # no two parameters alike
+        flat = value.detach().reshape(-1)
+        scaled = _times(flat, factors[place : place + _NORMALS])
+        if scaled.count_nonzero() < len(scaled):
+            numbers = _times(torch.ones_like(flat), small[place : place + _NORMALS])
+            scaled = torch.where(scaled == 0, numbers, scaled)
+        other = torch.empty_like(value) if not value.is_contiguous() else None
+        scaled = scaled.view(value.shape) if other is None else other.copy_(scaled.view(value.shape))
+        jittered[name] = scaled.requires_grad_()
+    return jittered
 
 
-def _repeated(numbers: Tensor, like: Tensor) -> Tensor:
-    """As many as `like` has, in its shape."""
-    count = -(-like.numel() // max(1, len(numbers)))
-    return numbers.to(like).repeat(count)[: like.numel()].view(like.shape)
+def _times(flat: Tensor, numbers: Tensor) -> Tensor:
+    """Products with numbers that are repeated as often as it takes."""
+    result = torch.empty_like(flat)
+    whole = len(flat) // len(numbers) * len(numbers)
+    if whole:
+        torch.mul(flat[:whole].view(-1, len(numbers)), numbers, out=result[:whole].view(-1, len(numbers)))
+    torch.mul(flat[whole:], numbers[: len(flat) - whole], out=result[whole:])
+    return result
 
 
 def _copies(tensors: Mapping[int | str, Tensor]) -> dict[int | str, Tensor]:
