@@ -65,12 +65,16 @@ def shares_of(rows: Mapping[str, Tensor], like: Tensor, generator: torch.Generat
         (samples,).
     """
     drawn = 0.5 + torch.rand(len(like), generator=generator, dtype=torch.float64)
-    few = [row.flatten(1)[:, :_FEW] for row in rows.values()]
+    few = [_flat(row)[:, :_FEW] for row in rows.values()]
     if few:
         sizes = torch.stack([torch.linalg.vector_norm(row, dim=1) for row in few]).nan_to_num(0, 0, 0).double()
         size = torch.linalg.vector_norm(sizes, dim=0).cpu()
         drawn *= (size.max() / size.clamp_min(size.max() / _LARGEST_SHARE)).nan_to_num(1, 1, 1)
     return drawn.to(like)
+
+
+def _flat(rows: Tensor) -> Tensor:
+    return rows.reshape(len(rows), rows[0].numel())
 
 
 def _product_of(factors: tuple[Tensor, Tensor], shares: Tensor, like: Tensor) -> Tensor:
@@ -81,7 +85,7 @@ def _product_of(factors: tuple[Tensor, Tensor], shares: Tensor, like: Tensor) ->
 
 def _alike(rows: Tensor, shares: Tensor, gradient: Tensor, allowed: float) -> bool:
     """Whether the sum of the rows is no further from the gradient than that, and finite in the same places."""
-    flat, exact = rows.flatten(1), gradient.reshape(-1)
+    flat, exact = _flat(rows), gradient.reshape(-1)
     square = 0.0
     for start in range(0, len(exact), _CACHED):
         part = slice(start, start + _CACHED)

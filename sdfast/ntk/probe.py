@@ -78,7 +78,7 @@ def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mappin
         ValueError: The model draws random numbers, or couples samples by anything but batch norm.
     """
     generator = torch.Generator().manual_seed(0)
-    picked = [0, inputs.samples // 2, inputs.samples - 1]
+    picked = _picked(inputs)
     three = inputs.pick(picked)
     values = _jittered(parameters, generator)
     lengths = Lengths(parameters, values, frozen_batch_norm=True)
@@ -136,6 +136,41 @@ def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mappin
         both = [_first_gradients(model, tensors, outputs, looped) for tensors in (three, others)]
         refuse_coupled_gradients(list(looped), *both)
     return findings
+
+
+def confirmed(
+    model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mapping[str, Tensor], findings: Findings
+) -> Findings | None:
+    """Findings of the same model at another time, once guard (b) has seen them hold on these samples.
+
+    Args:
+        model: See `probe`.
+        inputs: See `probe`.
+        outputs: See `probe`.
+        parameters: See `probe`.
+        findings: Of a model without looped parameters; they are given the outputs of these samples.
+
+    Returns:
+        The findings, or ``None`` where they do not hold.
+
+    Raises:
+        ValueError: The model draws random numbers.
+    """
+    generator = torch.Generator().manual_seed(0)
+    picked = _picked(inputs)
+    three = inputs.pick(picked)
+    with refuse_randomness(model, inputs):
+        plain = outputs.columns(feeding.call(model, _copies(three)), 3)
+    try:
+        _guard(model, three, outputs, parameters, findings, None, plain, generator)
+    except PathChangedError:
+        return None
+    findings.answers = dict(zip(picked, plain.detach(), strict=True))
+    return None if findings.looped else findings
+
+
+def _picked(inputs: Inputs) -> list[int]:
+    return [0, inputs.samples // 2, inputs.samples - 1]
 
 
 def _first_gradients(
@@ -268,9 +303,7 @@ def _find_unused(
 
     Gives the gradients by the jittered values.
     """
-    reached = torch.autograd.grad(
-        scalar, [*parameters.values(), *values.values()], allow_unused=True
-    )
+    reached = torch.autograd.grad(scalar, [*parameters.values(), *values.values()], allow_unused=True)
     by_values = reached[len(parameters) :]
     for name, own, jittered in zip(parameters, reached, by_values, strict=False):
         if own is None and jittered is None:

@@ -15,6 +15,7 @@ from sdfast.ntk.sample_rows import SampleAxis, agreeing, both_orders, scaled_axe
 
 # Results whose length depends on the values: whose rows those are may change from batch to batch.
 SELECTING = ("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive")
+MAY_SELECT = frozenset((*SELECTING, "where", "__getitem__"))
 # Their result has the rows of their first argument, whatever is written into it.
 WRITING = (
     "masked_scatter",
@@ -81,6 +82,8 @@ class Record(ParameterMode):
         """Follows what is selected by its values: of such rows nobody knows whose they are in the next batch."""
         if seen.name in READING:
             self.read.append((seen.name, result.tolist() if seen.name == "numpy" else result))
+            return
+        if not self.selected and seen.name not in MAY_SELECT:
             return
         arguments = [leaf for leaf in seen.flat if isinstance(leaf, Tensor)]
         if seen.name.strip("_").startswith(WRITING):

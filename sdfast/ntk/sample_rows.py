@@ -37,6 +37,8 @@ class SampleAxis(NamedTuple):
                 f"a tensor of shape {tuple(tensor.shape)} came where {samples} samples of {self.positions} rows each "
                 f"were to lie along axis {self.axis}"
             )
+        if self.axis == 0 and self.positions == 1:  # most often
+            return tensor.unsqueeze(1)
         if self.samples_first:
             return tensor.unflatten(self.axis, (samples, self.positions)).movedim(self.axis, 0)
         return tensor.unflatten(self.axis, (self.positions, samples)).movedim(self.axis + 1, 0)

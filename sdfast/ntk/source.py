@@ -17,8 +17,9 @@ from sdfast.ntk.capture import Capture
 from sdfast.ntk.coupling import refuse_other_answers, refuse_other_pieces
 from sdfast.ntk.inputs import Inputs
 from sdfast.ntk.outputs import Outputs
-from sdfast.ntk.probe import Findings, probe
+from sdfast.ntk.probe import Findings
 from sdfast.ntk.sample_rows import PathChangedError
+from sdfast.ntk.verified import findings_of
 
 # Samples of a micro-batch: few where their activations are large, which then stay in the cache; many where no layer has
 # more than one position a sample, and its weight is what is read again for each micro-batch.
@@ -57,6 +58,7 @@ class Source:
         findings: Of the probe on other inputs of this model; ``None`` to probe these.
         keep_outputs: Keep what the model gives for each micro-batch, for `model_output`.
         spare: Memory for one panel of gradients, which every pass may overwrite.
+        afresh: Probe, whatever is known of the model.
 
     Raises:
         ValueError: Batch norm in training mode, and a batch size below the number of samples.
@@ -72,9 +74,12 @@ class Source:
         findings: Findings | None = None,
         keep_outputs: bool = False,
         spare: Tensor | None = None,
+        afresh: bool = False,
     ) -> None:
         self.model, self.inputs, self.outputs, self.parameters = model, inputs, outputs, parameters
-        self.findings: Findings = probe(model, inputs, outputs, parameters) if findings is None else findings
+        self.findings: Findings = (
+            findings_of(model, inputs, outputs, parameters, afresh) if findings is None else findings
+        )
         # What the probe saw is known of its own inputs; batch norm in training mode changes it with the batch.
         self.answers = self.findings.answers if findings is None and not self.findings.batch_norm_trains else {}
         self.samples, self.spare, self.widest = inputs.samples, spare, 0
