@@ -23,7 +23,7 @@ from sdfast.ntk.verified import findings_of
 
 # Samples of a micro-batch: few where their activations are large, which then stay in the cache; many where no layer has
 # more than one position a sample, and its weight is what is read again for each micro-batch.
-BATCH_SIZE, BATCH_SIZE_OF_ONE_POSITION = 32, 256
+BATCH_SIZE, BATCH_SIZE_OF_ONE_POSITION = 64, 256
 
 
 class Chunk(NamedTuple):
