@@ -47,6 +47,7 @@ class Findings:
         factors: By parameter that can be contracted: (T, d, p), d = 0 where A holds tokens.
         work: By parameter: FLOPs of one sample's gradient of one output.
         reads: Whether the model makes numbers of Python out of values, which may choose its path.
+        activations: Bytes of what the operations on one sample give.
         answers: Outputs of the probe's samples, by their number: what no batch may change but by rounding.
     """
 
@@ -59,6 +60,7 @@ class Findings:
     factors: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     work: dict[str, int] = field(default_factory=dict)
     reads: bool = False
+    activations: int = 0
     answers: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -107,7 +109,9 @@ def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mappin
 
     refuse_coupling(column, columns, again)
     refuse_places(column, swapped, again)
-    findings = Findings(batch_norm_trains=lengths.batch_norm_trains, reads=read != [])
+    findings = Findings(
+        batch_norm_trains=lengths.batch_norm_trains, reads=read != [], activations=base.activations // 3
+    )
     for _ in range(READS if base.read else 0):
         tensors: Mapping[int | str, Tensor] = three
         for sample in range(3):

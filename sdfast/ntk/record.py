@@ -77,6 +77,7 @@ class Record(ParameterMode):
         self.mismatch: str | None = None
         self.selected: dict[int, Tensor] = {}
         self.read: list[Any] = []
+        self.activations = 0
 
     def ran(self, seen: Seen, result: Any) -> None:
         """Follows what is selected by its values: of such rows nobody knows whose they are in the next batch."""
@@ -111,6 +112,7 @@ class Record(ParameterMode):
         number = self.position - 1
         step = Step(seen.name, sources=self.sources(seen.tracked.values()))
         self.steps.append(step)
+        self.activations += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         if any(id(tensor) in self.selected for tensor in tensors):
             step.unclear = f"{seen.name} works on rows that are selected by their values"
         if self.mismatch is None and (number >= len(self.calls) or self.calls[number][0] != seen.name):

@@ -21,9 +21,10 @@ from sdfast.ntk.probe import Findings
 from sdfast.ntk.sample_rows import PathChangedError
 from sdfast.ntk.verified import findings_of
 
-# Samples of a micro-batch: few where their activations are large, which then stay in the cache; many where no layer has
-# more than one position a sample, and its weight is what is read again for each micro-batch.
-BATCH_SIZE, BATCH_SIZE_OF_ONE_POSITION = 64, 256
+# Samples of a micro-batch: many, as each costs the calls of all layers; fewer where the activations would take more than
+# so many bytes; most where no layer has more than one position a sample, and its weight is what is read for each again.
+LEAST_BATCH_SIZE, BATCH_SIZE, BATCH_SIZE_OF_ONE_POSITION = 32, 128, 256
+ACTIVATIONS = 2**29
 
 
 class Chunk(NamedTuple):
@@ -94,10 +95,19 @@ class Source:
             self.batch_size = self.samples
 
     def _usual_batch_size(self) -> int:
-        """By the work of a parameter's gradient: at one position a sample it is one product for each of its entries."""
-        work = {} if self.findings.looped else self.findings.work  # what is looped passes all of a micro-batch
-        single = all(work.get(name, 0) <= 2 * parameter.numel() for name, parameter in self.parameters.items())
-        return BATCH_SIZE_OF_ONE_POSITION if single and work else BATCH_SIZE
+        """By the work of a parameter's gradient, at one position one product for each of its entries; by activations.
+
+        All micro-batches are of nearly the same size.
+        """
+        found = self.findings
+        if found.looped:
+            return LEAST_BATCH_SIZE  # what is looped passes all of a micro-batch
+        single = all(found.work.get(name, 0) <= 2 * parameter.numel() for name, parameter in self.parameters.items())
+        if single and found.work:
+            return BATCH_SIZE_OF_ONE_POSITION
+        fitting = ACTIVATIONS // max(1, found.activations)
+        size = max(LEAST_BATCH_SIZE, min(BATCH_SIZE, fitting))
+        return -(-self.samples // -(-self.samples // size))
 
     @property
     def classes(self) -> int:
