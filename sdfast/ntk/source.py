@@ -21,8 +21,8 @@ from sdfast.ntk.probe import Findings
 from sdfast.ntk.sample_rows import PathChangedError
 from sdfast.ntk.verified import findings_of
 
-# Samples of a micro-batch: many, as each costs the calls of all layers; fewer where the activations would take more than
-# so many bytes; most where no layer has more than one position a sample, and its weight is what is read for each again.
+# Samples of a micro-batch: many, as each costs the calls of all layers; fewer where activations would take more than so
+# many bytes; most where no layer has more than one position a sample, and its weight is what is read again for each.
 LEAST_BATCH_SIZE, BATCH_SIZE, BATCH_SIZE_OF_ONE_POSITION = 32, 128, 256
 ACTIVATIONS = 2**29
 
