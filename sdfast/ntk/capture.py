@@ -217,6 +217,7 @@ class Capture(ParameterMode):
         self.factors: dict[str, tuple[Tensor, Tensor]] = {}
         self.taps = 0
         self.listening = False
+        self.last = False  # whether no other pass will follow this one
 
     def before(self, seen: Seen) -> list[Any] | None:
         """The arguments of a followed call, as they are before it may change them."""
@@ -251,12 +252,14 @@ class Capture(ParameterMode):
             return tensor
         given = [(leaf, _version(leaf)) for leaf in call.flat if isinstance(leaf, Tensor)]
 
-        def receive(gradient: Tensor) -> None:
-            if self.listening:
-                if any(_version(leaf) != version for leaf, version in given):
-                    self.overwritten(call, tracked)
-                    return
+        def receive(gradient: Tensor) -> bool:
+            if not self.listening:
+                return False
+            if any(_version(leaf) != version for leaf, version in given):
+                self.overwritten(call, tracked)
+            else:
                 self.receive(call, step, tracked, output, gradient.detach())
+            return self.last
 
         # In place, an operation that keeps its result for its own backward would find it changed.
         in_place = step.rule.taps_in_place or changes_first_argument(call.name)
@@ -319,7 +322,7 @@ class Capture(ParameterMode):
         self.rows, self.factors, self.into = {}, {}, {} if into is None else into
         if self.taps == 0 or not scalar.requires_grad:
             return {}
-        self.listening = True
+        self.listening, self.last = True, not keep_graph
         try:
             torch.autograd.grad(scalar, self.anchor, retain_graph=keep_graph, allow_unused=True)
         finally:
@@ -339,14 +342,15 @@ class _Tap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, anchor: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
+    def forward(ctx: Any, output: Tensor, anchor: Tensor, receive: Callable[[Tensor], bool]) -> Tensor:
         ctx.receive, ctx.zero = receive, anchor.detach()
         ctx.mark_dirty(output)
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        ctx.receive(gradients[0])
+        if ctx.receive(gradients[0]):
+            ctx.receive = None  # what the call held is let go, as autograd does it: memory for the gradients to come
         return gradients[0], ctx.zero, None
 
 
