@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sdfast.ntk import inputs as feeding
+from sdfast.ntk.altered import copies, jittered, perturbed
 from sdfast.ntk.capture import Capture, Origin, ParameterMode, Seen, Step
 from sdfast.ntk.comparison import UNSEEN, loop_what_differs, shares_of
 from sdfast.ntk.costs import may_serve
@@ -28,8 +29,6 @@ from sdfast.ntk.randomness import refuse_randomness
 from sdfast.ntk.record import Lengths, Record
 from sdfast.ntk.sample_rows import PathChangedError
 
-_NORMALS = 8191  # that the jitter of a large parameter repeats: a prime, so that rows differ
-_APART = 613  # of them from one parameter to the next
 READS = 8  # further samples on which a value that is read must stay the same
 
 
@@ -49,6 +48,8 @@ class Findings:
         reads: Whether the model makes numbers of Python out of values, which may choose its path.
         activations: Bytes of what the operations on one sample give.
         answers: Outputs of the probe's samples, by their number: what no batch may change but by rounding.
+        expected: By parameter: the first sample's gradient of the only output by autograd alone, where the first
+            micro-batch is still to be compared with it.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -62,6 +63,7 @@ class Findings:
     reads: bool = False
     activations: int = 0
     answers: dict[int, Tensor] = field(default_factory=dict)
+    expected: dict[str, Tensor] = field(default_factory=dict)
 
 
 def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mapping[str, Tensor]) -> Findings:
@@ -82,7 +84,7 @@ def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mappin
     generator = torch.Generator().manual_seed(0)
     picked = _picked(inputs)
     three = inputs.pick(picked)
-    values = _jittered(parameters, generator)
+    values = jittered(parameters, generator)
     lengths = Lengths(parameters, values, frozen_batch_norm=True)
     with refuse_randomness(model, inputs), lengths:
         output = feeding.call(model, {key: tensor[[1, 0]] for key, tensor in three.items()})
@@ -94,10 +96,12 @@ def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mappin
             output = feeding.call(model, tensors)
         return record, outputs.columns(output, 3).detach()
 
-    base, column = recorded(_copies(three))
-    columns, read, mismatch = [], base.read, base.mismatch
+    base, column = recorded(copies(three))
+    columns: list[Tensor] = []
+    read: list[Any] | None = base.read  # None where others read something else
+    mismatch = base.mismatch
     for sample in range(3):  # one at a time, so that what is compared lies in the cache and is let go
-        other, changed = recorded(_perturbed(three, sample, inputs, generator))
+        other, changed = recorded(perturbed(three, sample, inputs, generator))
         base.compare(other, sample)
         columns.append(changed)
         mismatch = mismatch or other.mismatch
@@ -105,7 +109,7 @@ def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mappin
 
     def again() -> Tensor:
         with ParameterMode(parameters, values, frozen_batch_norm=True):
-            return outputs.columns(feeding.call(model, _copies(three)), 3).detach()
+            return outputs.columns(feeding.call(model, copies(three)), 3).detach()
 
     refuse_coupling(column, columns, again)
     refuse_places(column, swapped, again)
@@ -115,7 +119,7 @@ def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mappin
     for _ in range(READS if base.read else 0):
         tensors: Mapping[int | str, Tensor] = three
         for sample in range(3):
-            tensors = _perturbed(tensors, sample, inputs, generator)
+            tensors = perturbed(tensors, sample, inputs, generator)
         read = read if recorded(dict(tensors))[0].read == base.read else None
     if read is None:
         mismatch = "the model reads values of the samples to choose its path"
@@ -126,7 +130,7 @@ def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mappin
     else:
         findings.steps = base.resolved()
     del base  # with the tensors that it noted
-    plain = outputs.columns(feeding.call(model, _copies(three)), 3)
+    plain = outputs.columns(feeding.call(model, copies(three)), 3)
     for guarded in (values,) if findings.batch_norm_trains else (values, None):
         try:
             _guard(model, three, outputs, parameters, findings, guarded, plain, generator)
@@ -135,7 +139,7 @@ def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mappin
             _guard(model, three, outputs, parameters, findings, guarded, plain, generator)
     findings.answers = dict(zip(picked, plain.detach(), strict=True))
     if findings.looped and not findings.batch_norm_trains:
-        others = _perturbed(_perturbed(three, 1, inputs, generator), 2, inputs, generator)
+        others = perturbed(perturbed(three, 1, inputs, generator), 2, inputs, generator)
         looped = {name: parameters[name] for name in findings.looped}
         both = [_first_gradients(model, tensors, outputs, looped) for tensors in (three, others)]
         refuse_coupled_gradients(list(looped), *both)
@@ -146,6 +150,8 @@ def confirmed(
     model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mapping[str, Tensor], findings: Findings
 ) -> Findings | None:
     """Findings of the same model at another time, once guard (b) has seen them hold on these samples.
+
+    Of one output it is left to the first micro-batch to compare its gradients with those expected.
 
     Args:
         model: See `probe`.
@@ -164,12 +170,15 @@ def confirmed(
     picked = _picked(inputs)
     three = inputs.pick(picked)
     with refuse_randomness(model, inputs):
-        plain = outputs.columns(feeding.call(model, _copies(three)), 3)
+        plain = outputs.columns(feeding.call(model, copies(three)), 3)
+    findings.answers = dict(zip(picked, plain.detach(), strict=True))
+    if outputs.classes == 1:
+        findings.expected = _exact(plain[0, 0], parameters)
+        return findings
     try:
         _guard(model, three, outputs, parameters, findings, None, plain, generator)
     except PathChangedError:
         return None
-    findings.answers = dict(zip(picked, plain.detach(), strict=True))
     return None if findings.looped else findings
 
 
@@ -181,7 +190,7 @@ def _first_gradients(
     model: nn.Module, tensors: Mapping[int | str, Tensor], outputs: Outputs, parameters: Mapping[str, Tensor]
 ) -> list[Tensor]:
     """Gradients of the first of three samples, by autograd alone."""
-    columns = outputs.columns(feeding.call(model, _copies(tensors)), 3)
+    columns = outputs.columns(feeding.call(model, copies(tensors)), 3)
     weights = torch.linspace(1, 2, columns.shape[1]).to(columns)
     gradients = torch.autograd.grad(
         columns[0] @ weights, list(parameters.values()), allow_unused=True, materialize_grads=True
@@ -261,7 +270,7 @@ def _guard(
     }
     mode = _mode(captured, findings, values, parameters)
     with mode:
-        output = feeding.call(model, _copies(three))
+        output = feeding.call(model, copies(three))
     columns = outputs.columns(output, 3)
     weights = torch.randn(columns.shape, generator=generator, dtype=torch.float64, device="cpu").to(columns)
     rows = mode.gradients((columns * weights).sum(), True) if isinstance(mode, Capture) else {}
@@ -276,11 +285,11 @@ def _guard(
         findings.work = mode.work
         for name, uses in mode.uses.items():
             findings.rules[name] = list(dict.fromkeys(rule for rule, _ in uses))
-            factors = uses[0][1]
+            sizes_of_factors = uses[0][1]
             sizes = (parameters[name].numel(), outputs.form, outputs.classes)
             compared = values is not None or name in mode.factors  # those that stay have been, by the second guard
-            if len(uses) == 1 and factors is not None and may_serve(factors, *sizes) and compared:
-                findings.factors[name] = factors
+            if len(uses) == 1 and sizes_of_factors and may_serve(sizes_of_factors, *sizes) and compared:
+                findings.factors[name] = sizes_of_factors
             else:
                 findings.factors.pop(name, None)
 
@@ -309,8 +318,8 @@ def _find_unused(
     """
     reached = torch.autograd.grad(scalar, [*parameters.values(), *values.values()], allow_unused=True)
     by_values = reached[len(parameters) :]
-    for name, own, jittered in zip(parameters, reached, by_values, strict=False):
-        if own is None and jittered is None:
+    for name, own, by_value in zip(parameters, reached, by_values, strict=False):
+        if own is None and by_value is None:
             findings.unused.append(name)
             findings.looped.pop(name, None)
         elif own is not None and name not in findings.looped:
@@ -332,76 +341,6 @@ def _materialised(sources: Mapping[str, Tensor], gradients: Sequence[Tensor | No
         name: torch.zeros_like(source) if gradient is None else gradient.detach()
         for (name, source), gradient in zip(sources.items(), gradients, strict=True)
     }
-
-
-def _jittered(parameters: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-    """Other values of the same signs; zeros become small numbers, so that they block no gradient."""
-    drawn = torch.randn(_NORMALS, generator=generator, dtype=torch.float64, device="cpu")
-    first = next(iter(parameters.values()))
-    factors, small = ((numbers.to(first)).repeat(2) for numbers in (1 + 0.1 * drawn.clamp(-3, 3), 0.1 * drawn))
-    jittered = {}
-    for number, (name, value) in enumerate(parameters.items()):
-        place = number * _APART % _NORMALS  # no two parameters alike
-        flat = value.detach().reshape(-1)
-        scaled = _times(flat, factors[place : place + _NORMALS])
-        if scaled.count_nonzero() < len(scaled):
-            numbers = _times(torch.ones_like(flat), small[place : place + _NORMALS])
-            scaled = torch.where(scaled == 0, numbers, scaled)
-        other = torch.empty_like(value) if not value.is_contiguous() else None
-        scaled = scaled.view(value.shape) if other is None else other.copy_(scaled.view(value.shape))
-        jittered[name] = scaled.requires_grad_()
-    return jittered
-
-
-def _times(flat: Tensor, numbers: Tensor) -> Tensor:
-    """Products with numbers that are repeated as often as it takes."""
-    result = torch.empty_like(flat)
-    whole = len(flat) // len(numbers) * len(numbers)
-    if whole:
-        torch.mul(flat[:whole].view(-1, len(numbers)), numbers, out=result[:whole].view(-1, len(numbers)))
-    torch.mul(flat[whole:], numbers[: len(flat) - whole], out=result[whole:])
-    return result
-
-
-def _copies(tensors: Mapping[int | str, Tensor]) -> dict[int | str, Tensor]:
-    return {key: tensor.clone() for key, tensor in tensors.items()}
-
-
-def _perturbed(
-    three: Mapping[int | str, Tensor], sample: int | None, inputs: Inputs, generator: torch.Generator
-) -> dict[int | str, Tensor]:
-    """Copies, with other numbers in one sample: floats moved, integers drawn from the data, booleans exchanged."""
-    tensors = _copies(three)
-    if sample is None:
-        return tensors
-    for key, tensor in tensors.items():
-        if tensor[sample].numel() == 0:
-            continue
-        if tensor.dtype == torch.bool:
-            tensor[sample] = _another_row(tensor[sample], inputs.tensors[key], generator)
-        elif tensor.is_floating_point() or tensor.is_complex():
-            spread = torch.nan_to_num(three[key], 0, 0, 0).std() if tensor.numel() > 1 else tensor.new_ones(())
-            noise = torch.randn(tensor[sample].shape, generator=generator, dtype=torch.float64, device="cpu").to(
-                tensor.device
-            )
-            tensor[sample] = tensor[sample] + (0.5 * noise * (spread + 0.01)).to(tensor.dtype)
-        else:
-            seen = torch.unique(inputs.tensors[key][:1024])
-            chosen = torch.randint(len(seen), tensor[sample].shape, generator=generator, device="cpu")
-            drawn = seen.to(tensor.device)[chosen.to(tensor.device)]
-            if torch.equal(drawn, tensor[sample]):
-                drawn = _another_row(tensor[sample], inputs.tensors[key], generator)
-            tensor[sample] = drawn
-    return tensors
-
-
-def _another_row(row: Tensor, data: Tensor, generator: torch.Generator) -> Tensor:
-    """A sample of the data that differs from this one; this one where there is none."""
-    data = data[:1024].to(row.device)
-    differing = (data != row).reshape(len(data), -1).any(1).nonzero()[:, 0]
-    if not len(differing):
-        return row
-    return data[differing[int(torch.randint(len(differing), (), generator=generator, device="cpu"))]]
 
 
 def _first_line(error: Exception) -> str:

@@ -156,8 +156,10 @@ class Record(ParameterMode):
             for side, found in (("inputs", noted.input_axes), ("outputs", noted.output_axes)):
                 for place, tensor in getattr(noted, side).items():
                     perturbed = None if theirs is None else getattr(theirs, side).get(place)
-                    alike = perturbed is not None and perturbed.shape == tensor.shape
-                    found[place] = agreeing(found[place], tensor, perturbed, sample) if alike else []
+                    if perturbed is None or perturbed.shape != tensor.shape:
+                        found[place] = []
+                    else:
+                        found[place] = agreeing(found[place], tensor, perturbed, sample)
 
     def resolved(self) -> list[Step]:
         """The steps with the sample axes that are left and the rules that serve."""

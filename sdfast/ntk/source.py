@@ -14,12 +14,13 @@ from torch.nn.parameter import UninitializedParameter
 from sdfast import _checks
 from sdfast.ntk import inputs as feeding
 from sdfast.ntk.capture import Capture
+from sdfast.ntk.comparison import loop_what_differs
 from sdfast.ntk.coupling import refuse_other_answers, refuse_other_pieces
 from sdfast.ntk.inputs import Inputs
 from sdfast.ntk.outputs import Outputs
 from sdfast.ntk.probe import Findings
 from sdfast.ntk.sample_rows import PathChangedError
-from sdfast.ntk.verified import findings_of
+from sdfast.ntk.verified import findings_of, forget
 
 # Samples of a micro-batch: many, as each costs the calls of all layers; fewer where activations would take more than so
 # many bytes; most where no layer has more than one position a sample, and its weight is what is read again for each.
@@ -83,6 +84,7 @@ class Source:
         )
         # What the probe saw is known of its own inputs; batch norm in training mode changes it with the batch.
         self.answers = self.findings.answers if findings is None and not self.findings.batch_norm_trains else {}
+        self.expected = self.findings.expected if findings is None else {}
         self.samples, self.spare, self.widest = inputs.samples, spare, 0
         self.kept: dict[int, Tensor] | None = {} if keep_outputs else None
         self.batch_size = min(self._usual_batch_size() if batch_size is None else batch_size, self.samples)
@@ -131,6 +133,15 @@ class Source:
         Raises:
             PathChangedError: A micro-batch took another way through the model than the probe did.
         """
+        try:
+            yield from self._chunks(wanted, factored, panels)
+        except PathChangedError:
+            forget(self.model)
+            raise
+
+    def _chunks(
+        self, wanted: Iterable[str], factored: Iterable[str], panels: Mapping[str, Tensor] | None
+    ) -> Iterator[Chunk]:
         wanted, factored = list(wanted), frozenset(factored)
         followed = {name: self.parameters[name] for name in [*wanted, *factored] if name not in self.findings.looped}
         looped = {name: self.parameters[name] for name in wanted if name in self.findings.looped}
@@ -157,10 +168,13 @@ class Source:
                 last = column + 1 == self.classes and not looped
                 into = self._into(panels, column, start, stop)
                 rows = {} if capture is None else capture.gradients(columns[:, column].sum(), not last, into)
-                missing -= rows.keys() | (set() if capture is None else capture.factors.keys())
+                factors = {} if capture is None else dict(capture.factors)
+                missing -= rows.keys() | factors.keys()
+                if start == 0 and self.expected:
+                    self._confirm(rows, factors)
                 rows |= _one_by_one(columns[:, column], looped)
                 flat = {name: self._flat(name, rows.get(name), into.get(name), stop - start) for name in wanted}
-                yield Chunk(start, stop, column, flat, {} if capture is None else dict(capture.factors))
+                yield Chunk(start, stop, column, flat, factors)
         if missing:
             raise PathChangedError(f"no gradient of {', '.join(sorted(missing))} came")
 
@@ -182,6 +196,19 @@ class Source:
         """The outputs of samples `first` to `last` after `start` as a batch of their own."""
         rows = self.inputs.rows(start + first, start + last)
         return self.outputs.columns(feeding.call(self.model, rows), last - first)
+
+    def _confirm(self, rows: Mapping[str, Tensor], factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Compares the first sample's gradients with autograd's, where the findings are of another time."""
+        expected = {name: self.expected[name] for name in (*rows, *factors) if name not in self.findings.looped}
+        if not expected:
+            return
+        first = {name: row[:1] for name, row in rows.items()}
+        sides = {name: (a[:1], b[:1]) for name, (a, b) in factors.items()}
+        differing: dict[str, str] = {}
+        loop_what_differs(expected, first, next(iter(expected.values())).new_ones(1), differing, sides)
+        if differing:
+            name, reason = next(iter(differing.items()))
+            raise PathChangedError(f"{name} is used in another way than before: {reason}")
 
     def _check_unused(self, columns: Tensor) -> None:
         """What no output of the probe's samples depends on, none of these may depend on."""

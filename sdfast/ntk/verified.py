@@ -2,12 +2,14 @@
 
 The findings say how a model uses its parameters, not what these are. They are kept for a model all of whose modules
 hold plain attributes alone, by which a change would show, and which had nothing about it that may differ from batch to
-batch. Still they are not trusted: every time, the gradients that they give for three of the samples at hand are
-compared with autograd's on the model as it is, its random generators are watched, and the outputs of those samples in
-their micro-batches are compared with theirs among three. If anything differs, and at every tenth time, all is found
-out anew. Nothing of a model or its samples is kept alive.
+batch. Still they are not trusted: every time, gradients that they give for samples at hand are compared with autograd's
+on the model as it is (of a single output the first sample's in its micro-batch, of several those of three samples), the
+random generators are watched, and the outputs of three samples in their micro-batches are compared with theirs as a
+batch of their own. Where a micro-batch shows that they do not hold, all parameters are looped in it, and the next time,
+as every tenth time, all is found out anew. Nothing of a model or its samples is kept alive.
 """
 
+import copy
 import dataclasses
 import types
 import weakref
@@ -31,10 +33,10 @@ _OF_MODULES = frozenset(nn.Module().__dict__)
 
 @dataclass
 class _Kept:
-    """Findings, and how often they were used again."""
+    """Findings, the number of outputs, and how often they were used again."""
 
     findings: Findings
-    form: str
+    classes: int
     used: int = 0
 
 
@@ -78,15 +80,20 @@ def findings_of(
     if kept is not None and not afresh and kept.used + 1 < AFRESH:
         kept.used += 1
         found = confirmed(model, inputs, outputs, parameters, _copy(kept.findings))
-        if found is not None and outputs.form == kept.form:
+        if found is not None and outputs.classes == kept.classes:
             known.kept[key] = kept
             return found
     findings = probe(model, inputs, outputs, parameters)
     if not (findings.reads or findings.looped or findings.unused or findings.batch_norm_trains):
         while len(known.kept) >= _KEPT:
             known.kept.pop(next(iter(known.kept)))  # the one not used for the longest
-        known.kept[key] = _Kept(dataclasses.replace(_copy(findings), answers={}), outputs.form)
+        known.kept[key] = _Kept(dataclasses.replace(_copy(findings), answers={}), outputs.classes)
     return findings
+
+
+def forget(model: nn.Module) -> None:
+    """What was found of a model does not hold any longer."""
+    _models.pop(model, None)
 
 
 def state_of(model: nn.Module) -> list[Any]:
@@ -119,15 +126,19 @@ def _key(inputs: Inputs, outputs: Outputs, parameters: Mapping[str, Tensor]) -> 
 
 def _copy(findings: Findings) -> Findings:
     """What may be changed without a trace in the original."""
-    parts = {part.name: getattr(findings, part.name) for part in dataclasses.fields(findings)}
-    copies = {name: part.copy() for name, part in parts.items() if isinstance(part, dict | list)}
-    copies["steps"] = [dataclasses.replace(step) for step in findings.steps]
-    return dataclasses.replace(findings, **copies)
+    copied = copy.copy(findings)
+    for part in dataclasses.fields(findings):
+        value = getattr(findings, part.name)
+        if isinstance(value, dict | list):
+            setattr(copied, part.name, value.copy())
+    copied.steps = [dataclasses.replace(step) for step in findings.steps]
+    return copied
 
 
 def _is_plain_model(model: nn.Module) -> bool:
     """Whether a change of what its modules are would show: none holds anything that `state_of` cannot compare."""
-    return all(
+    by_identity = type(model).__eq__ is nn.Module.__eq__ and type(model).__hash__ is nn.Module.__hash__
+    return by_identity and all(
         not isinstance(module, torch.jit.ScriptModule)
         and "forward" not in module.__dict__
         and _is_plain_class(type(module))
