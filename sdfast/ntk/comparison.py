@@ -41,11 +41,7 @@ def loop_what_differs(
         double = gradient.dtype == torch.float64
         allowed = (1e-9 if double else 1e-3) * norms[name] + (1e-11 if double else 1e-5) * total
         if factors and name in factors:
-            product = _product_of(factors[name], shares, gradient)
-            one = shares.new_ones(1)
-            # A gradient's products are those of its transpose, and a rule's factors may stand for either.
-            seen = "factors"
-            alike = any(_alike(side[None], one, gradient, allowed) for side in (product, product.mT))
+            seen, alike = "factors", _factors_alike(factors[name], shares, gradient, allowed)
         else:
             captured = rows[name] if name in rows else torch.zeros_like(gradient).expand(len(shares), *gradient.shape)
             seen, alike = "gradient" if name in rows else "", _alike(captured, shares, gradient, allowed)
@@ -77,10 +73,33 @@ def _flat(rows: Tensor) -> Tensor:
     return rows.reshape(len(rows), rows[0].numel())
 
 
-def _product_of(factors: tuple[Tensor, Tensor], shares: Tensor, like: Tensor) -> Tensor:
-    """What the factors stand for, summed over the samples."""
+def _factors_alike(factors: tuple[Tensor, Tensor], shares: Tensor, gradient: Tensor, allowed: float) -> bool:
+    """Whether what the factors stand for, summed over the samples, is the gradient, as in `_alike`.
+
+    A gradient's products are those of its transpose, and a rule's factors may stand for either.
+    """
     a, b = factors
-    return backward_factors(a, b[None], shares.view(1, -1, 1), len(like))[0]
+    if not a.is_floating_point():
+        product = backward_factors(a, b[None], shares.view(1, -1, 1), len(gradient))
+        return any(_alike(side, shares.new_ones(1), gradient, allowed) for side in (product, product.mT))
+    left, right = (b * shares.view(-1, 1, 1)).flatten(0, 1), a.flatten(0, 1)
+    exact = gradient.reshape(len(gradient), -1) if gradient.dim() else gradient.view(1, 1)
+    return any(
+        _sum_of_outer_products_alike(*sides, exact, allowed)
+        for sides in ((left, right), (right, left))
+        if (sides[0].shape[1], sides[1].shape[1]) == exact.shape
+    )
+
+
+def _sum_of_outer_products_alike(left: Tensor, right: Tensor, exact: Tensor, allowed: float) -> bool:
+    """Whether left.T @ right is that: some rows at a time, which stay in the cache."""
+    square = 0.0
+    step = max(1, _CACHED // exact.shape[1])
+    for start in range(0, len(exact), step):
+        part = slice(start, start + step)
+        piece = torch.addmm(exact[part], left[:, part].T, right, beta=-1).flatten()
+        square += float(torch.dot(piece, piece))
+    return _is_small(square, allowed) or _alike((left.T @ right)[None], left.new_ones(1), exact, allowed)
 
 
 def _alike(rows: Tensor, shares: Tensor, gradient: Tensor, allowed: float) -> bool:
@@ -91,12 +110,17 @@ def _alike(rows: Tensor, shares: Tensor, gradient: Tensor, allowed: float) -> bo
         part = slice(start, start + _CACHED)
         piece = torch.addmv(exact[part], flat[:, part].T, shares, beta=-1)
         square += float(torch.dot(piece, piece))
-    if square < math.inf and max(square, _LOST) <= allowed**2:
-        return True  # a finite sum of squared differences: both are finite throughout
+    if _is_small(square, allowed):
+        return True
     captured = shares.double() @ flat.double()
     if not torch.equal(captured.isfinite(), exact.isfinite()):
         return False
     return _exact_norm(captured - exact) <= allowed
+
+
+def _is_small(square: float, allowed: float) -> bool:
+    """Whether a finite sum of squared differences is: then both sides are finite throughout."""
+    return square < math.inf and max(square, _LOST) <= allowed**2
 
 
 def _norm(gradient: Tensor) -> float:
