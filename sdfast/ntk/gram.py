@@ -182,6 +182,8 @@ def _fill(result: Result, run: _Run, saved: Checkpoint | None, progress: bool) -
                 blocks = _blocks(sources, group, bar)
                 _add_tiles(result, blocks, group, plan.form, run.precision, bar)
                 del blocks  # before the next ones come: `memory` is for one group
+                for source in sources:
+                    source.give_back()
                 if saved is not None:
                     saved.save(number, result.tensor, run.left.findings.all_looped, last=number == len(groups))
     finally:

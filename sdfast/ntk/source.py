@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from mmap import mmap
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from sdfast import _checks
 from sdfast.ntk import inputs as feeding
+from sdfast.ntk import panels
 from sdfast.ntk.capture import Capture
 from sdfast.ntk.comparison import loop_what_differs
 from sdfast.ntk.coupling import refuse_other_answers, refuse_other_pieces
@@ -86,6 +88,7 @@ class Source:
         self.answers = self.findings.answers if findings is None and not self.findings.batch_norm_trains else {}
         self.expected = self.findings.expected if findings is None else {}
         self.samples, self.spare, self.widest = inputs.samples, spare, 0
+        self.lent: list[mmap] = []
         self.kept: dict[int, Tensor] | None = {} if keep_outputs else None
         self.batch_size = min(self._usual_batch_size() if batch_size is None else batch_size, self.samples)
         if self.findings.batch_norm_trains:
@@ -185,7 +188,16 @@ class Source:
         if self.spare is not None and self.spare.numel() >= math.prod(shape):
             return self.spare[: math.prod(shape)].view(shape)
         first = next(iter(self.parameters.values()))
-        return torch.empty(shape, dtype=first.dtype, device=first.device)
+        self.give_back()
+        memory = panels.take(math.prod(shape) * first.element_size()) if first.device.type == "cpu" else None
+        if memory is None:
+            return torch.empty(shape, dtype=first.dtype, device=first.device)
+        self.lent.append(memory)
+        return torch.frombuffer(memory, dtype=first.dtype, count=math.prod(shape)).view(shape)
+
+    def give_back(self) -> None:
+        """Leaves the memory of panels that are no more to those to come."""
+        panels.give_back(self.lent)
 
     def model_output(self) -> Tensor:
         """What the model gave for all samples, once `chunks` went through them; it has to be tensors (samples, ...)."""
