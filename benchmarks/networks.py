@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
 
 import sdfast
+from benchmarks.shapes import sized
 from sdfast.models.cifar_resnet import CifarResNet
 
 
@@ -72,6 +74,27 @@ NETWORKS = {
     "ViT-tiny n=128": lambda: (Transformer(192, 3, 12, 64), torch.randn(128, 3, 32, 32)),
     "ResNet-20 n=1000": lambda: resnet(1000),
 }
+
+
+def trained_a_little(name, n):
+    """``resnet8``, ``resnet56`` or ``mlp`` in evaluation mode, whose batch norms have seen something, and n samples."""
+    if name == "mlp":
+        width = sized(2048)[0]
+        model, x = sdfast.models.mlp((784, width, width, 10)), torch.randn(n, 784)
+    else:
+        model, x = CifarResNet(int(name.removeprefix("resnet"))), torch.randn(n, 3, 32, 32)
+    model(x[:64])
+    return model.eval(), x
+
+
+def floor_flops(model, x):
+    """A forward and backward pass of every sample, as torch counts them, and n² p for the triangle."""
+    some = x[: min(len(x), 32)]
+    with FlopCounterMode(display=False) as counter:
+        model(some).sum().backward()
+    model.zero_grad()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return counter.get_total_flops() * len(x) // len(some) + len(x) ** 2 * parameters
 
 
 def _rows(model, x, chunk):

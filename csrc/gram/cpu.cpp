@@ -1,30 +1,11 @@
 // Computed: total += product, or total += product ∘ factor, over a lower triangle or a whole tile, on the CPU.
 // Fused: the promotion of a float32 product to the float64 total, the second factor, the triangle.
 // Never materialised: the promoted product, the product of the factors.
-#include "../common/stable.h"
-#include "../common/vec.h"
+#include "cpu_triangle.h"
 #include "kernel.h"
 
 namespace sdfast::gram {
 namespace {
-
-template <class To, class From>
-SDFAST_INLINE void add(To* total, const From* product, const From* factor, int64_t count) {
-  using Wide = std::conditional_t<sizeof(To) >= sizeof(From), To, From>;
-  if (factor) {
-#pragma omp simd
-    for (int64_t j = 0; j < count; ++j)
-      total[j] += static_cast<To>(static_cast<Wide>(product[j]) * static_cast<Wide>(factor[j]));
-  } else {
-#pragma omp simd
-    for (int64_t j = 0; j < count; ++j) total[j] += static_cast<To>(product[j]);
-  }
-}
-
-template <class To, class From>
-SDFAST_CLONES void add_row(To* total, const From* product, const From* factor, int64_t count) {
-  add(total, product, factor, count);
-}
 
 template <class To, class From>
 void add_all(Tensor& total, const Tensor& product, const std::optional<Tensor>& factor, int64_t diagonal) {
@@ -50,7 +31,18 @@ void add_product(Tensor total, Tensor product, std::optional<Tensor> factor, std
     wide ? add_all<double, float>(total, product, factor, last) : add_all<float, float>(total, product, factor, last);
 }
 
+void add_own_triangle(Tensor total, Tensor rows) {
+  const bool wide = total.scalar_type() == ScalarType::Double;
+  if (rows.scalar_type() == ScalarType::Double)
+    add_triangle<double, double>(total, rows);
+  else
+    wide ? add_triangle<double, float>(total, rows) : add_triangle<float, float>(total, rows);
+}
+
 }  // namespace
 }  // namespace sdfast::gram
 
-STABLE_TORCH_LIBRARY_IMPL(sdfast, CPU, m) { m.impl("_gram_add", TORCH_BOX(&sdfast::gram::add_product)); }
+STABLE_TORCH_LIBRARY_IMPL(sdfast, CPU, m) {
+  m.impl("_gram_add", TORCH_BOX(&sdfast::gram::add_product));
+  m.impl("_gram_triangle", TORCH_BOX(&sdfast::gram::add_own_triangle));
+}

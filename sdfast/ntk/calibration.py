@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from sdfast.ntk.blocks import Block, Group, collect
-from sdfast.ntk.costs import Rates
+from sdfast.ntk.costs import Rates, units_at_once
 from sdfast.ntk.plan import Entry, Plan, Seconds
 from sdfast.ntk.products import TERMS, products_in, tile_of_factors, tile_of_rows
 from sdfast.ntk.result import tiles_of
 from sdfast.ntk.source import Source
+from sdfast.ntk.streamed import Streamed, streamed_tiles
 from sdfast.ntk.verified import findings_of
 
 # Where FLOPs nearly tie and nothing was measured: by kind of device.
@@ -118,7 +119,49 @@ def _seconds_of_tiles(plan: Plan, group: Group, source: Source, device: torch.de
             area = largest[0] * largest[1]
             seconds = _seconds_of_tile(plan, group.width, entries, largest, like, device)
             total += seconds * sum(count * size[0] * size[1] / area for size, count in sizes.items())
+    return total + _seconds_of_stream(plan, [entry for entry in plan.entries if entry.name in group.streamed], like)
+
+
+def _seconds_of_stream(plan: Plan, entries: Sequence[Entry], like: Tensor) -> float:
+    """Of all tiles and the gradients that are formed for them, from the first columns of each kind of layer."""
+    tiles = list(tiles_of(*plan.samples, plan.symmetric))
+    measured: dict[tuple[tuple[int, ...], tuple[int, int, int]], float] = {}
+    total = 0.0
+    for entry in entries:
+        if entry.factors is None:
+            continue
+        kind = (entry.shape, entry.factors)
+        if kind not in measured:
+            left = _drawn_stream(entry, plan, plan.samples[0], like)
+            right = left if plan.symmetric else _drawn_stream(entry, plan, plan.samples[1], like)
+            units = min(left.units, units_at_once(left.unit, plan.everyone * plan.classes, plan.itemsize))
+            share = left.units / units
+            left.units = right.units = units
+            step = functools.partial(streamed_tiles, [(left, right)], like, tiles, plan.form, plan.precision)
+            with products_in(plan.precision):
+                measured[kind] = share * best(step, like.device)
+        total += measured[kind]
     return total
+
+
+def _drawn_stream(entry: Entry, plan: Plan, samples: int, like: Tensor) -> Streamed:
+    """Factors of all samples, in micro-batches."""
+    positions, inputs, width = entry.factors or (0, 0, 0)
+    drawn = Streamed(entry.shape, (positions, inputs, width), samples, plan.classes)
+    for start in range(0, samples, plan.batch_size):
+        few = min(plan.batch_size, samples - start)
+        a = _drawn_inputs(entry, few, like)
+        for output in range(plan.classes):
+            drawn.add(start, output, a, like.new_empty(few, positions, width).normal_())
+    return drawn
+
+
+def _drawn_inputs(entry: Entry, samples: int, like: Tensor) -> Tensor:
+    """A, of an embedding tokens."""
+    positions, inputs, _ = entry.factors or (0, 0, 0)
+    if inputs:
+        return like.new_empty(samples, positions, inputs).normal_()
+    return torch.randint(entry.shape[0], (samples, positions), device=like.device)
 
 
 def _seconds_of_tile(
@@ -162,16 +205,12 @@ def _seconds_of_factors(
     plan: Plan, entry: Entry, rows: int, columns: int, diagonal: bool, like: Tensor, device: torch.device
 ) -> float:
     """Of one contracted parameter on one tile, from as many of its rows as take a moment."""
-    positions, inputs, width = entry.factors or (0, 0, 0)
+    positions, _, width = entry.factors or (0, 0, 0)
     few = max(1, _POSITIONS // positions)
     sizes = (min(rows, few), min(columns, few))
 
     def draw(samples: int) -> tuple[Tensor, Tensor]:
-        if inputs:
-            a = like.new_empty(samples, positions, inputs).normal_()
-        else:
-            a = torch.randint(entry.shape[0], (samples, positions), device=device)
-        return a, like.new_empty(plan.classes, samples, positions, width).normal_()
+        return _drawn_inputs(entry, samples, like), like.new_empty(plan.classes, samples, positions, width).normal_()
 
     def block(samples: int) -> Block:
         return Block(like.new_empty(plan.classes, samples, 0), {entry.name: draw(samples)})

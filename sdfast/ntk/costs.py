@@ -2,10 +2,13 @@
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from sdfast.ops.gram.precision import TERMS
+
 if TYPE_CHECKING:
     from sdfast.ntk.plan import Entry, Plan
 
 _NEAR = 2.0  # where operations differ by no more than this factor, they alone choose wrongly: measured rates decide
+_PANEL = 2**24  # bytes of the streamed gradients that are formed at once: they stay in the cache
 
 
 class Rates(NamedTuple):
@@ -124,6 +127,43 @@ def may_serve(factors: tuple[int, int, int], numel: int, form: str, classes: int
     return positions * (max(inputs, 1) + classes * width) < numel * classes or pairs.flops < _NEAR * rows.flops
 
 
+def units_at_once(unit: int, held: int, itemsize: int) -> int:
+    """Rows of a weight (columns of an embedding) whose gradients are formed together.
+
+    Args:
+        unit: Entries of one.
+        held: Gradients of one entry: samples of all sides, times outputs.
+        itemsize: Bytes of a number.
+
+    Returns:
+        At least 1, and no fewer columns than a sum of products takes in one go.
+    """
+    return max(1, max(TERMS, _PANEL // (held * itemsize)) // unit)
+
+
+def streams(
+    factors: tuple[int, int, int], shape: tuple[int, ...], everyone: int, classes: int, itemsize: int, memory: int
+) -> bool:
+    """Whether factors are held in place of gradients that are multiplied as rows: they must be fewer numbers.
+
+    Args:
+        factors: See `contracts`.
+        shape: Of the parameter.
+        everyone: Samples of both sides together.
+        classes: C.
+        itemsize: Bytes of a number.
+        memory: Bytes of a group, beside which the columns that are formed at once must be few.
+
+    Returns:
+        Whether.
+    """
+    positions, inputs, width = factors
+    unit = inputs or shape[0]
+    fewer = positions * (max(inputs, 1) + classes * width) < unit * width * classes
+    columns = min(width, units_at_once(unit, everyone * classes, itemsize)) * unit
+    return fewer and columns * everyone * classes * itemsize <= memory // 8
+
+
 def count(plan: "Plan", work_of: dict[str, int], forward_flops: int, tiles: list[tuple[int, int, bool]]) -> None:
     """Fills in the costs of every entry and of the passes.
 
@@ -137,7 +177,8 @@ def count(plan: "Plan", work_of: dict[str, int], forward_flops: int, tiles: list
     looped = any(entry.method == "loop" for entry in plan.entries)
     for entry in plan.entries:
         entry.passes = sum(
-            entry.name in group.factored or any(piece.parameter == entry.name for piece in group.pieces)
+            entry.name in (*group.factored, *group.streamed, *dict(group.biases))
+            or any(piece.parameter == entry.name for piece in group.pieces)
             for group in plan.groups
         )
         if entry.method != "zero":
@@ -154,6 +195,9 @@ def count(plan: "Plan", work_of: dict[str, int], forward_flops: int, tiles: list
 
 
 def _count_entry(entry: "Entry", plan: "Plan", flops: int, tiles: list[tuple[int, int, bool]]) -> None:
+    if entry.beside:  # each product of its weight's inputs plus 1
+        entry.product_flops = int(contracted((1, 0, 0), plan.samples, plan.symmetric, plan.form, plan.classes).pairs)
+        return
     read = sum(rows + (0 if diagonal and plan.symmetric else columns) for rows, columns, diagonal in tiles)
     if entry.method == "contract" and entry.factors is not None:
         work = contracted(entry.factors, plan.samples, plan.symmetric, plan.form, plan.classes)
@@ -165,3 +209,6 @@ def _count_entry(entry: "Entry", plan: "Plan", flops: int, tiles: list[tuple[int
     entry.gradient_flops, entry.product_flops = int(work.gradients), int(work.products + 2 * work.pairs)
     entry.memory = one * plan.everyone
     entry.bytes = int(entry.memory + read * one + pairs)
+    if entry.method == "stream":  # the factors are held, written and read once; the gradients are formed from them
+        entry.memory = entry.factor_bytes(plan.everyone, plan.classes, plan.itemsize)
+        entry.bytes += 2 * entry.memory

@@ -148,4 +148,5 @@ def _weight(plan: Plan, group: Group) -> float:
     by_name = {entry.name: entry for entry in plan.entries}
     factored = [by_name[name].factors for name in group.factored]
     products = [costs.contracted(f, (1, 1), False, plan.form, plan.classes).flops for f in factored if f is not None]
-    return 2.0 * group.width * plan.blocks + sum(products)
+    width = group.width + sum(by_name[name].numel for name in group.streamed)
+    return 2.0 * width * plan.blocks + sum(products)

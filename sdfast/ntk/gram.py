@@ -208,8 +208,11 @@ def _blocks(sources: list[Source], group: Group, bar: Progress) -> list[Block]:
 def _add_tiles(result: Result, blocks: list[Block], group: Group, form: str, precision: str, bar: Progress) -> None:
     tiles = list(result.tiles())
     with products_in(precision):
+        streamed = blocks[0].streamed_tiles(blocks[-1], tiles, form, precision)
         for number, (rows, columns) in enumerate(tiles, 1):
             tile = blocks[0].tile(blocks[-1], rows, columns, form, precision)
+            if streamed is not None:
+                tile += streamed[number - 1]
             if not tile.isfinite().all():
                 _refuse_infinite(blocks, group)
             result.add(rows, columns, tile)
@@ -244,7 +247,7 @@ def _refuse_infinite(blocks: list[Block], group: Group) -> None:
     names = list(dict.fromkeys(name for block in blocks for name in block.not_finite(group)))
     if names:
         raise FloatingPointError(f"model: gradients of {', '.join(names)} are NaN or infinite")
-    parameters = [*dict.fromkeys(piece.parameter for piece in group.pieces), *group.factored]
+    parameters = [*dict.fromkeys(piece.parameter for piece in group.pieces), *group.factored, *group.streamed]
     raise FloatingPointError(
         f"model: products of the gradients of {', '.join(parameters)} exceed float32; use precision='float64'"
     )

@@ -132,7 +132,9 @@ class _Gradients:
 def _choose_factors(plan: Plan, samples: int, classes: int, itemsize: int, memory: int) -> None:
     """Factors wherever they fit and are smaller than the gradients: a product costs the same arithmetic with both."""
     for entry in plan.entries:
-        if entry.factors is not None and entry.method in ("materialise", "contract"):
+        if entry.beside:
+            entry.method, entry.beside = "materialise", ""
+        if entry.factors is not None and entry.method in ("materialise", "contract", "stream"):
             size = entry.factor_bytes(samples, classes, itemsize)
             smaller = size < entry.numel * samples * classes * itemsize and size <= memory
             entry.method = "contract" if smaller else "materialise"

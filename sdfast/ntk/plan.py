@@ -29,9 +29,11 @@ class Entry:
         shape: Of it.
         rule: What gives its gradients per sample.
         method: ``"materialise"`` (gradients of all samples, then their products), ``"contract"`` (AAᵀ∘BBᵀ, the
-            gradients never formed), ``"loop"`` (one backward pass for each sample), or ``"zero"`` (no output depends
-            on it).
+            gradients never formed), ``"stream"`` (A and B of all samples, from which the gradients are formed a few
+            columns at a time and multiplied at once), ``"loop"`` (one backward pass for each sample), or ``"zero"`` (no
+            output depends on it).
         factors: (T, d, p) of a layer that can be contracted: positions, inputs (0: tokens), outputs.
+        beside: Of a contracted bias: its weight, to whose AAᵀ it adds 1.
         reason: Why it is looped.
         kernel: Whose kernels form its gradients: ``"cpu"`` or ``"triton"`` of this package, or ``"torch"``.
         gradient_flops: Of the gradients of all samples and outputs; 0 where none is formed.
@@ -46,6 +48,7 @@ class Entry:
     rule: str
     method: str
     factors: tuple[int, int, int] | None = None
+    beside: str = ""
     reason: str = ""
     kernel: str = TORCH
     gradient_flops: int = 0
@@ -157,7 +160,10 @@ class Plan:
         """Bytes of the gradients of the largest group and of H; activations of a micro-batch come on top."""
         by_name = {entry.name: entry for entry in self.entries}
         column = self.everyone * self.classes * self.itemsize
-        held = [group.width * column + sum(by_name[name].memory for name in group.factored) for group in self.groups]
+        held = [
+            group.width * column + sum(by_name[name].memory for name in (*group.factored, *group.streamed))
+            for group in self.groups
+        ]
         return max(held, default=0) + self.result_bytes
 
     def settings(self) -> dict[str, object]:
@@ -217,6 +223,7 @@ def make_plan(
     samples: tuple[int, int],
     memory: int,
     rates: Rates | None = None,
+    streamed: bool = False,
 ) -> Plan:
     """The method of every parameter.
 
@@ -228,6 +235,7 @@ def make_plan(
         samples: Of both sides.
         memory: Bytes for a group; a layer whose factors do not fit is materialised, in pieces.
         rates: Of the machine; see `costs.contracts`.
+        streamed: Whether layers may be streamed.
 
     Returns:
         The plan.
@@ -254,5 +262,13 @@ def make_plan(
                 entry.method = "contract"
             elif any(own in rule for own in OWN_KERNELS):
                 entry.kernel = kernel_for(parameter.device.type, parameter.dtype)
+            elif factors is not None and fits and streamed and costs.streams(
+                factors, shape, sum(samples), classes, parameter.element_size(), memory
+            ):  # fmt: skip
+                entry.method = "stream"
             entries.append(entry)
+    by_name = {entry.name: entry for entry in entries}
+    for bias, weight in findings.biases.items():
+        if by_name[bias].method == "materialise" and weight in by_name and by_name[weight].single:
+            by_name[bias].method, by_name[bias].beside = "contract", weight
     return Plan(entries)

@@ -106,7 +106,9 @@ def plan_of(
     first = next(iter(left.parameters.values()))
     rates = calibration.RECORDED.get(first.device.type) if rates is None else rates
     samples, form, classes = (left.samples, right.samples), left.outputs.form, left.classes
-    made = make_plan(left.findings, left.parameters, form, classes, samples, memory, rates)
+    # On a GPU memory is there at once, and many small products would wait for their launches.
+    streamed = first.device.type == "cpu" and _tiles_bytes(left, right) <= memory // 8
+    made = make_plan(left.findings, left.parameters, form, classes, samples, memory, rates, streamed)
     made.form, made.classes, made.samples, made.symmetric = form, classes, samples, right is left
     made.precision, made.batch_size, made.memory = precision, left.batch_size, memory
     made.itemsize, made.rates = first.element_size(), rates
@@ -118,11 +120,21 @@ def plan_of(
     return made
 
 
+def _tiles_bytes(left: Source, right: Source) -> int:
+    """Of all tiles of H in float64, which streamed parameters add to side by side."""
+    area = sum(
+        (rows.stop - rows.start) * (columns.stop - columns.start)
+        for rows, columns in tiles_of(left.samples, right.samples, right is left)
+    )
+    blocks = {"full": left.classes**2, "per_class": left.classes}.get(left.outputs.form, 1)
+    return 8 * area * blocks
+
+
 def _held(made: Plan, column: int) -> int:
     """Bytes of all gradients and factors together."""
     return sum(
         entry.factor_bytes(made.everyone, made.classes, made.itemsize)
-        if entry.method == "contract"
+        if entry.method in ("contract", "stream")
         else entry.numel * column * (entry.method != "zero")
         for entry in made.entries
     )

@@ -44,6 +44,7 @@ class Findings:
         all_looped: Whether a batch took another path than the probe, and all parameters were looped for it.
         rules: By parameter: the names of the rules that serve it.
         factors: By parameter that can be contracted: (T, d, p), d = 0 where A holds tokens.
+        biases: By bias of a layer with one position: its weight, whose factors hold its gradient too.
         work: By parameter: FLOPs of one sample's gradient of one output.
         reads: Whether the model makes numbers of Python out of values, which may choose its path.
         activations: Bytes of what the operations on one sample give.
@@ -59,6 +60,7 @@ class Findings:
     all_looped: bool = False
     rules: dict[str, list[str]] = field(default_factory=dict)
     factors: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    biases: dict[str, str] = field(default_factory=dict)
     work: dict[str, int] = field(default_factory=dict)
     reads: bool = False
     activations: int = 0
@@ -206,6 +208,7 @@ class _Trial(Capture):
         self.findings = findings
         self.uses: dict[str, list[tuple[str, tuple[int, int, int] | None]]] = {}
         self.work: dict[str, int] = {}
+        self.biases: dict[Origin, Origin] = {}
 
     def receive(self, call: Call, step: Step, tracked: dict[int, Origin], output: int, gradient: Tensor) -> None:
         for rule in dict.fromkeys((step.rule, *((LOOP,) if step.rule is GENERIC else ()))):
@@ -219,7 +222,9 @@ class _Trial(Capture):
         else:
             self._loop(tracked.values(), reason)
             return
-        weight = rule.weight(call)
+        weight, bias = rule.weight(call), rule.bias(call)
+        if weight is not None and bias is not None:
+            self.biases[tracked[bias]] = tracked[weight]
         for place, origin in tracked.items():
             for name in self.sources([origin]):
                 flops = rule.operations(call, gradient) if place == weight else 2 * gradient.numel()
@@ -292,6 +297,12 @@ def _guard(
                 findings.factors[name] = sizes_of_factors
             else:
                 findings.factors.pop(name, None)
+        findings.biases = {
+            bias: weight
+            for bias, weight in mode.biases.items()
+            if isinstance(bias, str) and isinstance(weight, str) and len(mode.uses[bias]) == 1
+            and findings.factors.get(weight, (0,))[0] == 1
+        }  # fmt: skip
 
 
 def _mode(

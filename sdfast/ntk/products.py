@@ -92,7 +92,9 @@ def tile_of_rows(left: Tensor, right: Tensor, form: str, precision: str, triangl
     return total
 
 
-def tile_of_factors(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], form: str, precision: str) -> Tensor:
+def tile_of_factors(
+    left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], form: str, precision: str, bias: bool = False
+) -> Tensor:
     """Inner products of gradients Σ_t b_t ⊗ a_t, from (AAᵀ)∘(BBᵀ) summed over pairs of positions.
 
     Args:
@@ -100,6 +102,7 @@ def tile_of_factors(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], f
         right: The same for J.
         form: See `tile_of_rows`.
         precision: Of `PRECISIONS`.
+        bias: With those of the bias, Σ_t b_t: (AAᵀ + 1)∘(BBᵀ).
 
     Returns:
         As `tile_of_rows`.
@@ -111,26 +114,33 @@ def tile_of_factors(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], f
     for start in range(0, len(a), rows):
         part = slice(start, start + rows)
         flat = [(x.flatten(0, 1), y.flatten(1, 2)) for x, y in ((a[part], b[:, part]), (other_a, other_b))]
-        pairs = _pairs_of_positions(flat[0], flat[1], form, precision)  # (..., I·T, J·T)
+        pairs = _pairs_of_positions(flat[0], flat[1], form, precision, bias)  # (..., I·T, J·T)
         shape = (*pairs.shape[:-2], -1, positions, pairs.shape[-1])
         tiles.append(pairs.reshape(shape).sum(-2).unflatten(-1, (len(other_a), other_positions)).sum(-1))
     return torch.cat(tiles, -2)
 
 
-def _pairs_of_positions(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], form: str, precision: str) -> Tensor:
+def _pairs_of_positions(
+    left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], form: str, precision: str, bias: bool
+) -> Tensor:
     """(AAᵀ)∘(BBᵀ) with every position as a row: A (I·T, d) or tokens (I·T,), B (outputs, I·T, p)."""
     (a, b), (other_a, other_b) = left, right
     if a.dim() == 2 and single_positions((a[:, None], b), (other_a[:, None], other_b), form):
         shape = (len(b),) if form == "per_class" else ()
         pairs = a.new_zeros(*shape, len(a), len(other_a), dtype=torch.float64)
         singles = [(x[:, None], y[:, :, None]) for x, y in (left, right)]
-        add_single_positions(pairs, singles[0], singles[1], precision, triangle=False)
+        add_single_positions(pairs, singles[0], singles[1], precision, False, bias)
         return pairs
-    return tile_of_rows(b, other_b, form, precision) * _similarity(a, other_a, precision)
+    return tile_of_rows(b, other_b, form, precision) * (_similarity(a, other_a, precision) + float(bias))
 
 
 def add_single_positions(
-    total: Tensor, left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], precision: str, triangle: bool
+    total: Tensor,
+    left: tuple[Tensor, Tensor],
+    right: tuple[Tensor, Tensor],
+    precision: str,
+    triangle: bool,
+    bias: bool = False,
 ) -> None:
     """Adds what `tile_of_factors` gives for layers with one position, (AAᵀ)∘(BBᵀ), without holding either product.
 
@@ -140,6 +150,7 @@ def add_single_positions(
         right: The same for J; of a triangle it is `left`.
         precision: Of `PRECISIONS`.
         triangle: See `product`.
+        bias: See `tile_of_factors`.
     """
     (a, b), (other_a, other_b) = left, right
     if total.dim() == 2:  # Σ_c (AAᵀ)∘(B_c B_cᵀ): the outputs side by side are one wide B
@@ -149,7 +160,9 @@ def add_single_positions(
         one, other = ((x[:, 0], y[output].flatten(1)) for x, y in ((a, b), (other_a, other_b)))
         splits = ((a.shape[-1], one[1].shape[-1]),)
         right_side = None if triangle else other
-        add_hadamard_gram(total[output], one, right_side, splits=splits, precision=precision, backend="cpu")
+        add_hadamard_gram(
+            total[output], one, right_side, splits=splits, biases=(bias,), precision=precision, backend="cpu"
+        )
 
 
 def single_positions(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], form: str) -> bool:

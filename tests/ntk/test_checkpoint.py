@@ -54,7 +54,7 @@ def test_kill_and_continue(tmp_path):
 def run(tmp_path):
     torch.manual_seed(torch.initial_seed())
     return {"model": nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), "x1": torch.randn(5, 3), "outputs": "trace",
-            "checkpoint": tmp_path / "c.pt", "memory": 400}  # fmt: skip
+            "checkpoint": tmp_path / "c.pt", "memory": 200}  # fmt: skip
 
 
 @pytest.mark.parametrize("failing_at", [1, 2, 3])

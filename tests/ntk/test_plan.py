@@ -1,5 +1,7 @@
 """The plan says what `gram` does: methods, groups, operations counted one by one; and seconds within a factor."""
 
+import copy
+import fnmatch
 import sys
 
 import pytest
@@ -32,6 +34,33 @@ def test_counts_of_a_linear_layer():
     assert made.passes == 1
     assert made.flops == made.pass_flops + sum(e.gradient_flops + e.product_flops for e in made.entries)
     assert made.peak_memory == 4 * 10 * 10 + sum(e.memory for e in made.entries)
+
+
+def test_a_bias_is_counted_with_its_weight():
+    """(AAᵀ + 1)∘(BBᵀ): where its layer has one position and is contracted; whatever else becomes of the weight."""
+    layer = nn.Linear(8, 6)
+    model, x = nn.Sequential(layer, nn.Tanh(), nn.Linear(6, 1)), torch.randn(5, 8)
+    made = plan(model, x)
+    bias = entry(made, "0.bias")
+    assert (bias.method, bias.beside, bias.memory, bias.bytes, bias.gradient_flops) == ("contract", "0.weight", 0, 0, 0)
+    assert bias.product_flops == 5 * 5 // 2
+    assert bias.passes == 1
+    assert ("0.bias", "0.weight") in made.groups[0].biases
+    alone = plan(model, x, params=["*.bias"])
+    assert {e.method for e in alone.entries} == {"materialise"}
+    twice = nn.Sequential(layer, nn.Tanh(), nn.Linear(6, 8), nn.Tanh(), layer)
+    assert entry(plan(twice, x, outputs="sum"), "0.bias").method == "materialise"
+    for network, params in ((model, None), (model, ["*.bias"]), (model, ["0.bias", "2.weight"]), (twice, None)):
+        double, inputs = copy.deepcopy(network).double(), x.double()
+        for outputs in ("sum", "trace", "full"):
+            wanted = gram_of(jacobian(double, inputs, params and set(names_of(double, params))), outputs)
+            assert_exact(gram(double, inputs, outputs=outputs, params=params, batch_size=2), wanted)
+            assert_exact(gram(double, inputs, outputs=outputs, params=params), wanted)
+
+
+def names_of(model, patterns):
+    """The parameters of these patterns."""
+    return [name for name, _ in model.named_parameters() if any(fnmatch.fnmatch(name, one) for one in patterns)]
 
 
 def test_counts_of_a_convolution_and_of_both_sides():
@@ -124,7 +153,7 @@ def test_a_calibrated_plan_decides_for_gram(monkeypatch):
         made = plan(model, x, calibrate=True)
         methods.add(entry(made, "0.weight").method)
         assert_exact(gram(model, x, plan=made), wanted)
-    assert methods == {"materialise", "contract"}
+    assert methods == {"stream", "contract"}
 
 
 def test_a_plan_of_another_call_is_refused():

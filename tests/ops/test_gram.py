@@ -54,6 +54,36 @@ def test_rows(backend, name, precision):
             assert torch.equal(total.triu(1), before.triu(1))
 
 
+@pytest.mark.parametrize("backend", backends(without=("cuda",)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_long_triangles(backend, dtype):
+    """Rows and columns around every size at which a kernel turns to its next piece, in rows far apart."""
+    name = str(dtype).removeprefix("torch.")
+    for rows in (1, 7, 31, 33, 64, 97):
+        for width in (1, 127, 129, 1023, 1025, 2600):
+            held = torch.randn(rows, width + 5, dtype=torch.float64).to(dtype)
+            left = held[:, 2 : 2 + width]
+            exact = product_reference(left, left, name).tril()
+            total = torch.full((rows, rows + 3), 2.0, dtype=torch.float64)
+            add_gram(total[:, :rows], left, precision=name, backend=backend)
+            scale = 2 + left.double().norm(dim=1)[:, None] * left.double().norm(dim=1)
+            assert_close(total[:, :rows].tril(), exact + 2 * torch.ones_like(exact).tril(), scale, name, width)
+            assert (total[:, :rows].triu(1) == torch.full_like(exact, 2.0).triu(1)).all()
+            assert (total[:, rows:] == 2).all()
+
+
+@pytest.mark.parametrize("backend", backends(without=("cuda",)))
+@pytest.mark.parametrize("special", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_in_its_rows(backend, special):
+    left = torch.randn(40, 300)
+    left[17, 123] = special
+    total = torch.zeros(40, 40, dtype=torch.float64)
+    add_gram(total, left, backend=backend)
+    touched = torch.zeros(40, 40, dtype=torch.bool)
+    touched[17], touched[:, 17] = True, True
+    assert torch.equal(~total.isfinite(), touched.tril())
+
+
 @pytest.mark.parametrize("triangle", [True, False])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("backend", [*backends(without=("cuda",)), "reference"])
@@ -82,37 +112,49 @@ def test_factors(backend, precision, triangle):
         assert (total.triu(1) == torch.full_like(total, 3.0).triu(1)).all()
 
 
+@pytest.mark.parametrize("biases", [None, (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("backend", [*backends(without=("cuda",)), "reference"])
-def test_factors_equal_the_gradients_they_stand_for(backend):
-    a, b = torch.randn(6, 7, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
-    rows = (b[:, :, None] * a[:, None, :]).flatten(1)
+def test_factors_equal_the_gradients_they_stand_for(backend, biases):
+    splits = [(7, 3), (2, 5)]
+    a, b = torch.randn(6, 9, dtype=torch.float64), torch.randn(6, 8, dtype=torch.float64)
+    layers = list(zip(a.split([7, 2], 1), b.split([3, 5], 1), strict=True))
+    rows = [(right[:, :, None] * left[:, None, :]).flatten(1) for left, right in layers]
+    rows = torch.cat([*rows, *(b for (_, b), bias in zip(layers, biases or (), strict=False) if bias)], 1)
     total = torch.zeros(6, 6, dtype=torch.float64)
-    add_hadamard_gram(total, (a, b), splits=[(7, 3)], precision="float64", backend=backend)
+    add_hadamard_gram(total, (a, b), splits=splits, biases=biases, precision="float64", backend=backend)
     assert (total - (rows @ rows.T).tril()).norm() <= 1e-14 * total.norm()
+    total = torch.zeros(4, 2, dtype=torch.float64)
+    sides = (a[:4], b[:4]), (a[4:], b[4:])
+    add_hadamard_gram(total, *sides, splits=splits, biases=biases, precision="float64", backend=backend)
+    assert (total - rows[:4] @ rows[4:].T).norm() <= 1e-14 * rows[:4].norm() * rows[4:].norm()
+    with pytest.raises(ValueError, match="biases: got 1 of them, wanted one for each of the 2 layers"):
+        add_hadamard_gram(total, *sides, splits=splits, biases=[True], backend=backend)
 
 
 @pytest.mark.parametrize("backend", backends(without=("cuda",)))
 @pytest.mark.parametrize("precision", ["float32", "bf16x3"])
 def test_the_error_does_not_grow_with_the_columns(backend, precision):
-    """Numbers of one sign, whose float32 sum would lose digits with every term."""
-    few, many = (torch.rand(3, width) + 0.5 for width in (TERMS, 4 * TERMS + 5))
+    """Numbers of one sign, whose float32 sum would lose digits with every term; many sums, as one may be lucky."""
+    few, many = (torch.rand(24, width) + 0.5 for width in (TERMS, 4 * TERMS + 5))
     errors = []
     for rows in (few, many):
-        total = torch.zeros(3, 3, dtype=torch.float64)
+        total = torch.zeros(24, 24, dtype=torch.float64)
         add_gram(total, rows, precision=precision, backend=backend)
         exact = product_reference(rows, rows, precision).tril()
         errors.append(((total - exact).norm() / exact.norm()).item())
     assert errors[1] <= 2 * max(errors[0], 2.0**-24)
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("backend", backends(without=("cuda",)))
-def test_long_factors_are_promoted(backend):
+def test_long_factors_are_promoted(backend, bias):
     a, b = torch.rand(3, 2 * TERMS + 9) + 0.5, torch.rand(3, 2)
     splits = [(a.shape[1], 2)]
     exact = hadamard_reference((a, b), (a, b), splits, "float32").tril()
+    exact += bias * product_reference(b, b, "float32").tril()
     for dtype in (torch.float64, torch.float32):
         total = torch.zeros(3, 3, dtype=dtype)
-        add_hadamard_gram(total, (a, b), splits=splits, backend=backend)
+        add_hadamard_gram(total, (a, b), splits=splits, biases=[bias], backend=backend)
         assert (total - exact).norm() <= 4e-6 * exact.norm()
 
 

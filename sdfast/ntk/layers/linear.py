@@ -39,6 +39,10 @@ class _Product(NamedRule):
         source = self.bound(call)["input"]
         return positions(call.split(source.place)), positions(call.split_gradient(gradient, 0))
 
+    def bias(self, call: Call) -> int | None:
+        slot = self.bound(call).get("bias")
+        return slot.place if isinstance(slot, Slot) and slot.place in call.tracked else None
+
     def operations(self, call: Call, gradient: Tensor) -> int:
         return 2 * gradient.numel() * call.flat[self.bound(call)["input"].place].shape[-1]
 

@@ -141,6 +141,10 @@ class Rule:
         """The place of the parameter that `factors` is about."""
         return None
 
+    def bias(self, call: Call) -> int | None:
+        """The place of the parameter whose gradient is Σ_t b_t of the same `factors`."""
+        return None
+
     def operations(self, call: Call, gradient: Tensor) -> int:
         """FLOPs of the weight's gradients of all samples: for a plan, not for the work."""
         return 2 * gradient.numel()

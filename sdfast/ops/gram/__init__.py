@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from sdfast import _checks, _dispatch
@@ -64,19 +65,21 @@ def add_hadamard_gram(
     right: tuple[Tensor, Tensor] | None = None,
     *,
     splits: Sequence[tuple[int, int]],
+    biases: Sequence[bool] | None = None,
     precision: str = "float32",
     backend: str | None = None,
 ) -> Tensor:
     """Adds the Gram matrix of weight gradients b ⊗ a of layers with one position, which are never formed.
 
-    Equals ``total += Σ_l (A_l @ A'_l.T) * (B_l @ B'_l.T)``, since ⟨b ⊗ a, b' ⊗ a'⟩ = ⟨a, a'⟩ ⟨b, b'⟩. A bias is a
-    column of ones in A. Without `right` the lower triangle.
+    Equals ``total += Σ_l (A_l @ A'_l.T + bias_l) * (B_l @ B'_l.T)``, since ⟨b ⊗ a, b' ⊗ a'⟩ = ⟨a, a'⟩ ⟨b, b'⟩, and the
+    gradient of a bias is b alone. Without `right` the lower triangle.
 
     Args:
         total: See `add_gram`.
         left: A (I, Σ d) and B (I, Σ p): the layers' inputs and output gradients, layer beside layer.
         right: The same for J, or ``None``.
         splits: (d, p) of each layer, in order.
+        biases: Whether each layer has a bias, counted as 1; ``None``: none has.
         precision: Of both products; see `add_gram`.
         backend: See `add_gram`.
 
@@ -93,6 +96,9 @@ def add_hadamard_gram(
     layers = [(int(width), int(outputs)) for width, outputs in splits]
     if any(size < 1 for pair in layers for size in pair):
         raise ValueError(f"splits: got {layers}, wanted positive (d, p) of each layer")
+    biased = [False] * len(layers) if biases is None else [bool(bias) for bias in biases]
+    if len(biased) != len(layers):
+        raise ValueError(f"biases: got {len(biased)} of them, wanted one for each of the {len(layers)} layers")
     for name, sides, size in (("left", left, 0), ("right", other, 1)):
         for place in (0, 1):
             part = f"{name}[{place}]"
@@ -103,15 +109,25 @@ def add_hadamard_gram(
     _check_triangle(total, right is None)
     left, other = (left[0].detach(), left[1].detach()), (other[0].detach(), other[1].detach())
     chosen = _dispatch.choose(backend, total.device.type, _UNSERVED)
+    if chosen != "cpu" and any(biased):  # a bias is a column of ones in A
+        ones = [_with_ones(side[0], layers, biased) for side in (left, other)]
+        left, other = (ones[0], left[1]), (ones[1], other[1])
+        layers = [(width + bias, outputs) for (width, outputs), bias in zip(layers, biased, strict=True)]
     if chosen == "triton":
         widths, outputs = [pair[0] for pair in layers], [pair[1] for pair in layers]
         op.hadamard_triton(total, *left, *other, widths, outputs, precision, right is None)
     elif chosen == "cpu":
-        blocked.add_hadamard(total, left, other, layers, precision, right is None)
+        blocked.add_hadamard(total, left, other, layers, biased, precision, right is None)
     else:
         exact = hadamard_reference(left, other, layers, precision)
         total += (exact.tril() if right is None else exact).to(total.dtype)
     return total
+
+
+def _with_ones(side: Tensor, layers: Sequence[tuple[int, int]], biased: Sequence[bool]) -> Tensor:
+    """A with a column of ones behind each layer that has a bias."""
+    parts = zip(side.split([width for width, _ in layers], 1), biased, strict=True)
+    return torch.cat([block for part, bias in parts for block in (part, *([part.new_ones(len(part), 1)] * bias))], 1)
 
 
 def _check_total(total: Tensor, precision: str) -> None:

@@ -1,4 +1,7 @@
-"""The CPU backend: torch's BLAS panel by panel, each panel of at most `TERMS` terms added to the total by one sweep."""
+"""The CPU backend: a kernel of its own for triangles of few rows, and torch's BLAS panel by panel for all others.
+
+Each panel, of at most `TERMS` terms, is added to the total by one sweep.
+"""
 
 from collections.abc import Sequence
 
@@ -10,6 +13,7 @@ from sdfast.ops.gram.precision import PAIRS, TERMS, terms
 
 _PANELS = 8  # of the rows of a triangle: 9/16 of the square is computed
 _LEAST_ROWS = 64  # below which a product is slower than what it saves
+_OWN_ROWS = 512  # of a triangle: beyond, a BLAS that computes more of the square is as fast
 
 
 def panels(rows: int, columns: int, triangle: bool) -> list[tuple[int, int, int]]:
@@ -20,10 +24,10 @@ def panels(rows: int, columns: int, triangle: bool) -> list[tuple[int, int, int]
     return [(start, min(rows, start + step), min(rows, start + step)) for start in range(0, rows, step)]
 
 
-def _sum(total: Tensor, left: Sequence[Tensor], right: Sequence[Tensor], precision: str) -> Tensor:
-    """One float32 (float64) product of rounded operands, of at most `TERMS` terms."""
+def _sum(total: Tensor, left: Sequence[Tensor], right: Sequence[Tensor], precision: str, one: bool = False) -> Tensor:
+    """One float32 (float64) product of rounded operands, of at most `TERMS` terms, or that and 1."""
     (i, j), *others = PAIRS[precision]
-    torch.mm(left[i], right[j].T, out=total)
+    torch.addmm(total.new_ones(()) if one else total, left[i], right[j].T, beta=float(one), out=total)
     for i, j in others:
         total.addmm_(left[i], right[j].T)
     return total
@@ -31,6 +35,10 @@ def _sum(total: Tensor, left: Sequence[Tensor], right: Sequence[Tensor], precisi
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, precision: str, triangle: bool) -> None:
     """Adds left @ right.T, of a triangle what lies on and below the diagonal."""
+    whole = str(left.dtype) == f"torch.{precision}" and (left.stride(1) == 1 or left.shape[1] <= 1)
+    if triangle and whole and len(left) <= _OWN_ROWS:  # of operands that are multiplied as they are
+        op.triangle(total, left)
+        return
     scratch = None
     step = max(1, left.shape[1]) if precision == "float64" else TERMS  # in float64 there is nothing to promote to
     for start in range(0, left.shape[1], step):
@@ -50,28 +58,29 @@ def add_hadamard(
     left: tuple[Tensor, Tensor],
     right: tuple[Tensor, Tensor],
     splits: Sequence[tuple[int, int]],
+    biased: Sequence[bool],
     precision: str,
     triangle: bool,
 ) -> None:
-    """Adds Σ_l (A_l A'_lᵀ) ∘ (B_l B'_lᵀ) by panels; both factors of a panel, never more, are held."""
+    """Adds Σ_l (A_l A'_lᵀ + bias_l) ∘ (B_l B'_lᵀ) by panels; both factors of a panel, never more, are held."""
     for first, last, columns in panels(len(left[0]), len(right[0]), triangle):
         a = b = 0
-        for width, outputs in splits:
+        for (width, outputs), bias in zip(splits, biased, strict=True):
             factors = []
-            for side, at, size in ((0, a, width), (1, b, outputs)):
+            for side, at, size, one in ((0, a, width, bias), (1, b, outputs, False)):
                 rows, others = left[side][first:last, at : at + size], right[side][:columns, at : at + size]
-                factors.append(_promoted(rows, others, precision))
+                factors.append(_promoted(rows, others, precision, one))
             if factors[0].dtype != factors[1].dtype:  # one of them was long enough to be promoted
                 factors = [factor.double() for factor in factors]
             op.add(total[first:last, :columns], *factors, first if triangle else None)
             a, b = a + width, b + outputs
 
 
-def _promoted(left: Tensor, right: Tensor, precision: str) -> Tensor:
-    """Left @ right.T: in float32 where that has at most `TERMS` terms, else in float64 of such parts."""
+def _promoted(left: Tensor, right: Tensor, precision: str, one: bool) -> Tensor:
+    """Left @ right.T, or that and 1: in float32 where that has at most `TERMS` terms, else in float64 of such parts."""
     if left.shape[1] <= TERMS:
         sides = terms(left, precision), terms(right, precision)
-        return _sum(sides[0][0].new_empty(len(left), len(right)), *sides, precision)
-    total = left.new_zeros(len(left), len(right), dtype=torch.float64)
+        return _sum(sides[0][0].new_empty(len(left), len(right)), *sides, precision, one)
+    total = left.new_full((len(left), len(right)), float(one), dtype=torch.float64)
     add_product(total, left, right, precision, triangle=False)
     return total
