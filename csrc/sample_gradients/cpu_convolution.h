@@ -16,6 +16,7 @@ constexpr int64_t kTileBytes = 256 << 10;  // of results that wait to be written
 struct Waiting {
   const int64_t* taps;  // offset of each kernel position
   int64_t input_step;
+  int64_t tap_step;  // from each kernel position to the next; 0 where that varies
 };
 
 template <class T, int kTaps, bool kAdd>
@@ -39,7 +40,9 @@ SDFAST_INLINE void write_channels(T* to, const T* from, const Waiting& waiting, 
 // to[c · taps + tap] (+)= what waits: one output channel of the weight.
 template <class T>
 void write_output(T* to, const T* from, const Waiting& waiting, int64_t inputs, int64_t taps, bool add) {
-  if (taps == 9) {
+  if (waiting.tap_step && waiting.input_step == 1 && taps >= vec::kLanes<T> && !add) {
+    transpose(to, taps, from, waiting.tap_step, inputs, taps);
+  } else if (taps == 9) {
     add ? write_channels<T, 9, true>(to, from, waiting, inputs, taps)
         : write_channels<T, 9, false>(to, from, waiting, inputs, taps);
   } else if (taps == 1) {
@@ -187,6 +190,13 @@ class DenseGroups {
       if (!all.direct_) pack(packed.get(), gradient_frame(g, g.outputs, g.outputs), given, all.given_, g.out);
     }
 
+    int64_t tap_step() const {
+      const int64_t step = tap_offsets.size() > 1 ? tap_offsets[1] - tap_offsets[0] : 0;
+      for (size_t tap = 1; tap < tap_offsets.size(); ++tap)
+        if (tap_offsets[tap] - tap_offsets[tap - 1] != step) return 0;
+      return step;
+    }
+
     void outputs(int64_t first, int64_t last, T* to, bool add) {
       const Geometry& g = all.geometry_;
       const int64_t input_step = g.stride[2] * g.inputs, gradient_step = all.gradient_.space[2];
@@ -208,7 +218,7 @@ class DenseGroups {
           }
         }
       });
-      const Waiting waiting = {tap_offsets.data(), all.outputs_are_vectors_ ? all.pitch_ : 1};
+      const Waiting waiting = {tap_offsets.data(), all.outputs_are_vectors_ ? all.pitch_ : 1, tap_step()};
       for (int64_t o = first; o < last; ++o)
         write_output(to + o * g.inputs * g.taps(),
                      tile.get() + (o - first) * (all.outputs_are_vectors_ ? 1 : all.pitch_), waiting, g.inputs,

@@ -11,11 +11,11 @@ from torch import Tensor
 from sdfast.ntk.blocks import Block, Group, collect
 from sdfast.ntk.costs import Rates, units_at_once
 from sdfast.ntk.plan import Entry, Plan, Seconds
-from sdfast.ntk.probe import probe
 from sdfast.ntk.products import TERMS, products_in, tile_of_factors, tile_of_rows
 from sdfast.ntk.result import tiles_of
 from sdfast.ntk.source import Source
 from sdfast.ntk.streamed import Streamed, streamed_tiles
+from sdfast.ntk.verified import findings_of
 
 # Where FLOPs nearly tie and nothing was measured: by kind of device.
 # The CPU's: two cores of an AMD EPYC, float32, by `measure_rates`, the best of three.
@@ -64,7 +64,7 @@ def predict(plan: Plan, left: Source, right: Source) -> Seconds:
     """
     device = next(iter(left.parameters.values())).device
     start = time.perf_counter()
-    probe(left.model, left.inputs, left.outputs, left.parameters)
+    findings_of(left.model, left.inputs, left.outputs, left.parameters)  # as the next matrix will
     synchronise(device)
     probing = time.perf_counter() - start
     step = max(1, (len(plan.groups) - 1 + _GROUPS - 2) // (_GROUPS - 1))

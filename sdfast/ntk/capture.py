@@ -24,6 +24,8 @@ from sdfast.ntk.layers.generic import quietly_vmapped
 from sdfast.ntk.layers.rule import Call, changes_first_argument
 from sdfast.ntk.sample_rows import PathChangedError, SampleAxis
 
+_HALF = (torch.float16, torch.bfloat16)
+
 Origin = str | int  # a parameter by its name, a virtual parameter by its number
 
 
@@ -82,7 +84,7 @@ class Virtual:
         return pulled
 
 
-@dataclass
+@dataclass(slots=True)
 class Seen:
     """One call as a mode sees it, before it runs."""
 
@@ -125,12 +127,11 @@ class ParameterMode(TorchFunctionMode):
             with self:
                 return COMPOSITES[func](*args, **kwargs)
         flat, spec = flatten(args, kwargs)
+        known = self.known
         tracked = {
-            place: self.known[id(leaf)]
-            for place, leaf in enumerate(flat)
-            if isinstance(leaf, Tensor) and id(leaf) in self.known
+            place: known[id(leaf)] for place, leaf in enumerate(flat) if id(leaf) in known and isinstance(leaf, Tensor)
         }
-        if self.values:
+        if self.values and tracked:
             flat = [self.values.get(id(leaf), leaf) if isinstance(leaf, Tensor) else leaf for leaf in flat]
             args, kwargs = unflatten(flat, spec)
         if func in (functional.batch_norm, torch.batch_norm) and _trains(func, args, kwargs):
@@ -140,19 +141,18 @@ class ParameterMode(TorchFunctionMode):
                 flat, spec = flatten(args, kwargs)
         seen = Seen(func, getattr(func, "__name__", str(func)), flat, spec, tracked)
         before = self.before(seen)
-        versions = [_version(leaf) for leaf in flat]
+        given = [(leaf, _version(leaf)) for leaf in flat if isinstance(leaf, Tensor)]
         result = func(*args, **kwargs)
         self.ran(seen, result)
         tensors = tensors_of(result)
-        given_back = all(
-            any(tensor is leaf and _version(leaf) == version for leaf, version in zip(flat, versions, strict=True))
-            for tensor in tensors
-        )
         differentiable = any(tensor.requires_grad for tensor in tensors)
-        if not torch.is_grad_enabled() or not (differentiable or seen.name == "__setitem__"):
+        if not (differentiable or seen.name == "__setitem__") or not torch.is_grad_enabled():
             return result
-        _refuse_half(seen.name, [*flat, *tensors])
+        _refuse_half(seen.name, [*(leaf for leaf, _ in given), *tensors])
         self.position += 1
+        given_back = all(
+            any(tensor is leaf and _version(leaf) == version for leaf, version in given) for tensor in tensors
+        )
         # As `contiguous` does where there is nothing to do: it counts all the same, for in another batch there may be.
         if given_back and tensors:
             return self.given_back(seen, result, tensors)
@@ -217,6 +217,7 @@ class Capture(ParameterMode):
         self.factors: dict[str, tuple[Tensor, Tensor]] = {}
         self.taps = 0
         self.listening = False
+        self.last = False  # whether no other pass will follow this one
 
     def before(self, seen: Seen) -> list[Any] | None:
         """The arguments of a followed call, as they are before it may change them."""
@@ -249,15 +250,16 @@ class Capture(ParameterMode):
     def _tap(self, call: Call, step: Step, tracked: dict[int, Origin], output: int, tensor: Tensor) -> Tensor:
         if call.outputs[output] is None or not tensor.requires_grad:
             return tensor
-        versions = [_version(leaf) for leaf in call.flat]
+        given = [(leaf, _version(leaf)) for leaf in call.flat if isinstance(leaf, Tensor)]
 
-        def receive(gradient: Tensor) -> None:
-            if self.listening:
-                overwritten = [place for place, leaf in enumerate(call.flat) if _version(leaf) != versions[place]]
-                if overwritten:
-                    self.overwritten(call, tracked)
-                    return
+        def receive(gradient: Tensor) -> bool:
+            if not self.listening:
+                return False
+            if any(_version(leaf) != version for leaf, version in given):
+                self.overwritten(call, tracked)
+            else:
                 self.receive(call, step, tracked, output, gradient.detach())
+            return self.last
 
         # In place, an operation that keeps its result for its own backward would find it changed.
         in_place = step.rule.taps_in_place or changes_first_argument(call.name)
@@ -320,7 +322,7 @@ class Capture(ParameterMode):
         self.rows, self.factors, self.into = {}, {}, {} if into is None else into
         if self.taps == 0 or not scalar.requires_grad:
             return {}
-        self.listening = True
+        self.listening, self.last = True, not keep_graph
         try:
             torch.autograd.grad(scalar, self.anchor, retain_graph=keep_graph, allow_unused=True)
         finally:
@@ -340,14 +342,15 @@ class _Tap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, anchor: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
+    def forward(ctx: Any, output: Tensor, anchor: Tensor, receive: Callable[[Tensor], bool]) -> Tensor:
         ctx.receive, ctx.zero = receive, anchor.detach()
         ctx.mark_dirty(output)
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        ctx.receive(gradients[0])
+        if ctx.receive(gradients[0]):
+            ctx.receive = None  # what the call held is let go, as autograd does it: memory for the gradients to come
         return gradients[0], ctx.zero, None
 
 
@@ -364,15 +367,15 @@ def _refuse(func: Any, kwargs: Mapping[str, Any]) -> None:
         )
 
 
-def _version(leaf: Any) -> int:
+def _version(tensor: Tensor) -> int:
     """How often a tensor was overwritten; inference mode does not count."""
-    return leaf._version if isinstance(leaf, Tensor) and not leaf.is_inference() else 0
+    return 0 if tensor.is_inference() else tensor._version
 
 
-def _refuse_half(name: str, leaves: Iterable[Any]) -> None:
+def _refuse_half(name: str, leaves: Iterable[Tensor]) -> None:
     """What computes with few bits inside a model of float32 parameters, as under autocast."""
     for leaf in leaves:
-        if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.dtype in (torch.float16, torch.bfloat16):
+        if leaf.dtype in _HALF and leaf.requires_grad:
             raise TypeError(
                 f"model: {name} computes in {str(leaf.dtype).removeprefix('torch.')}, and gradients are taken in full "
                 "precision; take the autocast or the conversion out of its forward"

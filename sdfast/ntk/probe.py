@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from sdfast.ntk import inputs as feeding
+from sdfast.ntk.altered import copies, jittered, perturbed
 from sdfast.ntk.capture import Capture, Origin, ParameterMode, Seen, Step
-from sdfast.ntk.comparison import UNSEEN, loop_what_differs
+from sdfast.ntk.comparison import UNSEEN, loop_what_differs, shares_of
 from sdfast.ntk.costs import may_serve
 from sdfast.ntk.coupling import refuse_coupled_gradients, refuse_coupling, refuse_places
 from sdfast.ntk.inputs import Inputs
@@ -25,10 +26,9 @@ from sdfast.ntk.layers import GENERIC, LOOP, Call
 from sdfast.ntk.layers.generic import CANNOT_VMAP
 from sdfast.ntk.outputs import Outputs
 from sdfast.ntk.randomness import refuse_randomness
-from sdfast.ntk.record import Lengths, Record, resolved
+from sdfast.ntk.record import Lengths, Record
 from sdfast.ntk.sample_rows import PathChangedError
 
-_NORMALS = 8191  # that the jitter of a large parameter repeats: a prime, so that rows differ
 READS = 8  # further samples on which a value that is read must stay the same
 
 
@@ -47,7 +47,10 @@ class Findings:
         biases: By bias of a layer with one position: its weight, whose factors hold its gradient too.
         work: By parameter: FLOPs of one sample's gradient of one output.
         reads: Whether the model makes numbers of Python out of values, which may choose its path.
+        activations: Bytes of what the operations on one sample give.
         answers: Outputs of the probe's samples, by their number: what no batch may change but by rounding.
+        expected: By parameter: the first sample's gradient of the only output by autograd alone, where the first
+            micro-batch is still to be compared with it.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -60,7 +63,9 @@ class Findings:
     biases: dict[str, str] = field(default_factory=dict)
     work: dict[str, int] = field(default_factory=dict)
     reads: bool = False
+    activations: int = 0
     answers: dict[int, Tensor] = field(default_factory=dict)
+    expected: dict[str, Tensor] = field(default_factory=dict)
 
 
 def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mapping[str, Tensor]) -> Findings:
@@ -79,46 +84,55 @@ def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mappin
         ValueError: The model draws random numbers, or couples samples by anything but batch norm.
     """
     generator = torch.Generator().manual_seed(0)
-    picked = [0, inputs.samples // 2, inputs.samples - 1]
+    picked = _picked(inputs)
     three = inputs.pick(picked)
-    values = {name: _jittered(value, generator) for name, value in parameters.items()}
+    values = jittered(parameters, generator)
     lengths = Lengths(parameters, values, frozen_batch_norm=True)
     with refuse_randomness(model, inputs), lengths:
         output = feeding.call(model, {key: tensor[[1, 0]] for key, tensor in three.items()})
     swapped = outputs.columns(output, 2).detach()
-    records = []
-    columns = []
-    for sample in (None, 0, 1, 2):
-        tensors = _perturbed(three, sample, inputs, generator)
-        records.append(Record(parameters, values, lengths.calls))
-        with records[-1]:
+
+    def recorded(tensors: dict[int | str, Tensor]) -> tuple[Record, Tensor]:
+        record = Record(parameters, values, lengths.calls)
+        with record:
             output = feeding.call(model, tensors)
-        columns.append(outputs.columns(output, 3).detach())
+        return record, outputs.columns(output, 3).detach()
+
+    base, column = recorded(copies(three))
+    columns: list[Tensor] = []
+    read: list[Any] | None = base.read  # None where others read something else
+    mismatch = base.mismatch
+    for sample in range(3):  # one at a time, so that what is compared lies in the cache and is let go
+        other, changed = recorded(perturbed(three, sample, inputs, generator))
+        base.compare(other, sample)
+        columns.append(changed)
+        mismatch = mismatch or other.mismatch
+        read = read if other.read == base.read else None
 
     def again() -> Tensor:
         with ParameterMode(parameters, values, frozen_batch_norm=True):
-            return outputs.columns(feeding.call(model, _copies(three)), 3).detach()
+            return outputs.columns(feeding.call(model, copies(three)), 3).detach()
 
-    refuse_coupling(columns[0], columns[1:], again)
-    refuse_places(columns[0], swapped, again)
-    findings = Findings(batch_norm_trains=lengths.batch_norm_trains, reads=any(record.read for record in records))
-    mismatch = next((record.mismatch for record in records if record.mismatch), None)
-    further = [Record(parameters, values, lengths.calls) for _ in range(READS if records[0].read else 0)]
-    for record in further:
-        tensors = three
+    refuse_coupling(column, columns, again)
+    refuse_places(column, swapped, again)
+    findings = Findings(
+        batch_norm_trains=lengths.batch_norm_trains, reads=read != [], activations=base.activations // 3
+    )
+    for _ in range(READS if base.read else 0):
+        tensors: Mapping[int | str, Tensor] = three
         for sample in range(3):
-            tensors = _perturbed(tensors, sample, inputs, generator)
-        with record:
-            feeding.call(model, tensors)
-    if any(record.read != records[0].read for record in records + further):
+            tensors = perturbed(tensors, sample, inputs, generator)
+        read = read if recorded(dict(tensors))[0].read == base.read else None
+    if read is None:
         mismatch = "the model reads values of the samples to choose its path"
     if findings.batch_norm_trains:
         findings.looped = dict.fromkeys(parameters, "batch norm in training mode couples the samples")
     elif mismatch is not None:
         findings.looped = dict.fromkeys(parameters, mismatch)
     else:
-        findings.steps = resolved(records)
-    plain = outputs.columns(feeding.call(model, _copies(three)), 3)
+        findings.steps = base.resolved()
+    del base  # with the tensors that it noted
+    plain = outputs.columns(feeding.call(model, copies(three)), 3)
     for guarded in (values,) if findings.batch_norm_trains else (values, None):
         try:
             _guard(model, three, outputs, parameters, findings, guarded, plain, generator)
@@ -127,18 +141,58 @@ def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mappin
             _guard(model, three, outputs, parameters, findings, guarded, plain, generator)
     findings.answers = dict(zip(picked, plain.detach(), strict=True))
     if findings.looped and not findings.batch_norm_trains:
-        others = _perturbed(_perturbed(three, 1, inputs, generator), 2, inputs, generator)
+        others = perturbed(perturbed(three, 1, inputs, generator), 2, inputs, generator)
         looped = {name: parameters[name] for name in findings.looped}
         both = [_first_gradients(model, tensors, outputs, looped) for tensors in (three, others)]
         refuse_coupled_gradients(list(looped), *both)
     return findings
 
 
+def confirmed(
+    model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mapping[str, Tensor], findings: Findings
+) -> Findings | None:
+    """Findings of the same model at another time, once guard (b) has seen them hold on these samples.
+
+    Of one output it is left to the first micro-batch to compare its gradients with those expected.
+
+    Args:
+        model: See `probe`.
+        inputs: See `probe`.
+        outputs: See `probe`.
+        parameters: See `probe`.
+        findings: Of a model without looped parameters; they are given the outputs of these samples.
+
+    Returns:
+        The findings, or ``None`` where they do not hold.
+
+    Raises:
+        ValueError: The model draws random numbers.
+    """
+    generator = torch.Generator().manual_seed(0)
+    picked = _picked(inputs)
+    three = inputs.pick(picked)
+    with refuse_randomness(model, inputs):
+        plain = outputs.columns(feeding.call(model, copies(three)), 3)
+    findings.answers = dict(zip(picked, plain.detach(), strict=True))
+    if outputs.classes == 1:
+        findings.expected = _exact(plain[0, 0], parameters)
+        return findings
+    try:
+        _guard(model, three, outputs, parameters, findings, None, plain, generator)
+    except PathChangedError:
+        return None
+    return None if findings.looped else findings
+
+
+def _picked(inputs: Inputs) -> list[int]:
+    return [0, inputs.samples // 2, inputs.samples - 1]
+
+
 def _first_gradients(
     model: nn.Module, tensors: Mapping[int | str, Tensor], outputs: Outputs, parameters: Mapping[str, Tensor]
 ) -> list[Tensor]:
     """Gradients of the first of three samples, by autograd alone."""
-    columns = outputs.columns(feeding.call(model, _copies(tensors)), 3)
+    columns = outputs.columns(feeding.call(model, copies(tensors)), 3)
     weights = torch.linspace(1, 2, columns.shape[1]).to(columns)
     gradients = torch.autograd.grad(
         columns[0] @ weights, list(parameters.values()), allow_unused=True, materialize_grads=True
@@ -221,29 +275,26 @@ def _guard(
     }
     mode = _mode(captured, findings, values, parameters)
     with mode:
-        output = feeding.call(model, _copies(three))
+        output = feeding.call(model, copies(three))
     columns = outputs.columns(output, 3)
     weights = torch.randn(columns.shape, generator=generator, dtype=torch.float64, device="cpu").to(columns)
     rows = mode.gradients((columns * weights).sum(), True) if isinstance(mode, Capture) else {}
+    factors = mode.factors if isinstance(mode, Capture) else {}
+    shares = shares_of(rows, columns, generator)
     if values is None:
-        exact = _exact((plain * weights).sum(1)[1], captured)
-        loop_what_differs(exact, rows, 1, findings.looped, mode.factors if isinstance(mode, Capture) else {})
+        exact = _exact((plain * weights).sum(1) @ shares, captured)
     else:
-        scalars = (columns * weights).sum(1)
-        jittered = {name: values[name] for name in captured}
-        exact = _find_unused(scalars[0], parameters, values, findings)
-        loop_what_differs({name: exact[name] for name in captured}, rows, 0, findings.looped)
-        for sample in (1, 2):
-            loop_what_differs(_exact(scalars[sample], jittered), rows, sample, findings.looped)
+        exact = _find_unused((columns * weights).sum(1) @ shares, parameters, values, findings)
+    loop_what_differs({name: exact[name] for name in captured}, rows, shares, findings.looped, factors)
     if isinstance(mode, _Trial):
         findings.work = mode.work
         for name, uses in mode.uses.items():
             findings.rules[name] = list(dict.fromkeys(rule for rule, _ in uses))
-            factors = uses[0][1]
+            sizes_of_factors = uses[0][1]
             sizes = (parameters[name].numel(), outputs.form, outputs.classes)
             compared = values is not None or name in mode.factors  # those that stay have been, by the second guard
-            if len(uses) == 1 and factors is not None and may_serve(factors, *sizes) and compared:
-                findings.factors[name] = factors
+            if len(uses) == 1 and sizes_of_factors and may_serve(sizes_of_factors, *sizes) and compared:
+                findings.factors[name] = sizes_of_factors
             else:
                 findings.factors.pop(name, None)
         findings.biases = {
@@ -274,14 +325,12 @@ def _find_unused(
 ) -> dict[str, Tensor]:
     """Parameters that reach no output, and those that reach it unseen: not by their jittered values.
 
-    Gives the gradients by the jittered values. What reaches one sample's output reaches all, in one graph.
+    Gives the gradients by the jittered values.
     """
-    reached = torch.autograd.grad(
-        scalar, [*parameters.values(), *values.values()], retain_graph=True, allow_unused=True
-    )
+    reached = torch.autograd.grad(scalar, [*parameters.values(), *values.values()], allow_unused=True)
     by_values = reached[len(parameters) :]
-    for name, own, jittered in zip(parameters, reached, by_values, strict=False):
-        if own is None and jittered is None:
+    for name, own, by_value in zip(parameters, reached, by_values, strict=False):
+        if own is None and by_value is None:
             findings.unused.append(name)
             findings.looped.pop(name, None)
         elif own is not None and name not in findings.looped:
@@ -303,61 +352,6 @@ def _materialised(sources: Mapping[str, Tensor], gradients: Sequence[Tensor | No
         name: torch.zeros_like(source) if gradient is None else gradient.detach()
         for (name, source), gradient in zip(sources.items(), gradients, strict=True)
     }
-
-
-def _jittered(value: Tensor, generator: torch.Generator) -> Tensor:
-    """Other values of the same signs; zeros become small numbers, so that they block no gradient."""
-    drawn = torch.randn(min(value.numel(), _NORMALS), generator=generator, dtype=torch.float64, device="cpu")
-    scaled = value.detach() * _repeated(1 + 0.1 * drawn.clamp(-3, 3), value)
-    zero = scaled == 0
-    return (torch.where(zero, _repeated(0.1 * drawn, value), scaled) if zero.any() else scaled).requires_grad_()
-
-
-def _repeated(numbers: Tensor, like: Tensor) -> Tensor:
-    """As many as `like` has, in its shape."""
-    count = -(-like.numel() // max(1, len(numbers)))
-    return numbers.to(like).repeat(count)[: like.numel()].view(like.shape)
-
-
-def _copies(tensors: Mapping[int | str, Tensor]) -> dict[int | str, Tensor]:
-    return {key: tensor.clone() for key, tensor in tensors.items()}
-
-
-def _perturbed(
-    three: Mapping[int | str, Tensor], sample: int | None, inputs: Inputs, generator: torch.Generator
-) -> dict[int | str, Tensor]:
-    """Copies, with other numbers in one sample: floats moved, integers drawn from the data, booleans exchanged."""
-    tensors = _copies(three)
-    if sample is None:
-        return tensors
-    for key, tensor in tensors.items():
-        if tensor[sample].numel() == 0:
-            continue
-        if tensor.dtype == torch.bool:
-            tensor[sample] = _another_row(tensor[sample], inputs.tensors[key], generator)
-        elif tensor.is_floating_point() or tensor.is_complex():
-            spread = torch.nan_to_num(three[key], 0, 0, 0).std() if tensor.numel() > 1 else tensor.new_ones(())
-            noise = torch.randn(tensor[sample].shape, generator=generator, dtype=torch.float64, device="cpu").to(
-                tensor.device
-            )
-            tensor[sample] = tensor[sample] + (0.5 * noise * (spread + 0.01)).to(tensor.dtype)
-        else:
-            seen = torch.unique(inputs.tensors[key][:1024])
-            chosen = torch.randint(len(seen), tensor[sample].shape, generator=generator, device="cpu")
-            drawn = seen.to(tensor.device)[chosen.to(tensor.device)]
-            if torch.equal(drawn, tensor[sample]):
-                drawn = _another_row(tensor[sample], inputs.tensors[key], generator)
-            tensor[sample] = drawn
-    return tensors
-
-
-def _another_row(row: Tensor, data: Tensor, generator: torch.Generator) -> Tensor:
-    """A sample of the data that differs from this one; this one where there is none."""
-    data = data[:1024].to(row.device)
-    differing = (data != row).reshape(len(data), -1).any(1).nonzero()[:, 0]
-    if not len(differing):
-        return row
-    return data[differing[int(torch.randint(len(differing), (), generator=generator, device="cpu"))]]
 
 
 def _first_line(error: Exception) -> str:

@@ -11,10 +11,11 @@ from sdfast.ntk.arguments import tensors_of
 from sdfast.ntk.capture import ParameterMode, Seen, Step
 from sdfast.ntk.layers import Call, rule_for
 from sdfast.ntk.layers.rule import changes_first_argument
-from sdfast.ntk.sample_rows import SampleAxis, choose, scaled_axes
+from sdfast.ntk.sample_rows import SampleAxis, agreeing, both_orders, scaled_axes
 
 # Results whose length depends on the values: whose rows those are may change from batch to batch.
 SELECTING = ("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive")
+MAY_SELECT = frozenset((*SELECTING, "where", "__getitem__"))
 # Their result has the rows of their first argument, whatever is written into it.
 WRITING = (
     "masked_scatter",
@@ -51,13 +52,18 @@ class Lengths(ParameterMode):
 
 @dataclass
 class _Noted:
-    """One followed call on three samples."""
+    """One followed call on three samples, with the sample axes that are possible for each of its tensors."""
 
     step: Step
     seen: Seen
     inputs: dict[int, Tensor]
-    outputs: list[Tensor]
-    shapes: tuple[list[tuple[int, ...] | None], list[tuple[int, ...]]]
+    outputs: dict[int, Tensor]
+    input_axes: dict[int, list[SampleAxis]]
+    output_axes: dict[int, list[SampleAxis]]
+
+    def axes(self) -> list[list[SampleAxis]]:
+        """Of all tensors."""
+        return [*self.input_axes.values(), *self.output_axes.values()]
 
 
 class Record(ParameterMode):
@@ -71,11 +77,14 @@ class Record(ParameterMode):
         self.mismatch: str | None = None
         self.selected: dict[int, Tensor] = {}
         self.read: list[Any] = []
+        self.activations = 0
 
     def ran(self, seen: Seen, result: Any) -> None:
         """Follows what is selected by its values: of such rows nobody knows whose they are in the next batch."""
         if seen.name in READING:
             self.read.append((seen.name, result.tolist() if seen.name == "numpy" else result))
+            return
+        if not self.selected and seen.name not in MAY_SELECT:
             return
         arguments = [leaf for leaf in seen.flat if isinstance(leaf, Tensor)]
         if seen.name.strip("_").startswith(WRITING):
@@ -103,6 +112,7 @@ class Record(ParameterMode):
         number = self.position - 1
         step = Step(seen.name, sources=self.sources(seen.tracked.values()))
         self.steps.append(step)
+        self.activations += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         if any(id(tensor) in self.selected for tensor in tensors):
             step.unclear = f"{seen.name} works on rows that are selected by their values"
         if self.mismatch is None and (number >= len(self.calls) or self.calls[number][0] != seen.name):
@@ -123,12 +133,50 @@ class Record(ParameterMode):
             if isinstance(leaf, Tensor) and place not in seen.tracked and tuple(leaf.shape) != shapes[place]
         }
         if not step.virtual:
-            # Copies where the order of positions and samples must be found by what changes, before it is overwritten.
-            data = {place: _noted(leaf, shapes[place]) for place, leaf in data.items()}
-            results = [_noted(tensor, shape) for tensor, shape in zip(tensors, output_shapes, strict=True)]
             seen = Seen(seen.function, seen.name, before, seen.spec, seen.tracked)
-            self.noted[number] = _Noted(step, seen, data, results, (shapes, output_shapes))
+            given = {
+                output: tensor for output, tensor in enumerate(tensors) if tuple(tensor.shape) != output_shapes[output]
+            }
+            step.outputs = [None] * len(tensors)
+            axes = [
+                {place: both_orders(scaled_axes(tensor.shape, smaller[place])) for place, tensor in side.items()}
+                for side, smaller in ((data, shapes), (given, output_shapes))
+            ]
+            data, given = (
+                {place: _noted(tensor, found[place]) for place, tensor in side.items()}
+                for side, found in zip((data, given), axes, strict=True)
+            )
+            self.noted[number] = _Noted(step, seen, data, given, *axes)
         return result
+
+    def compare(self, other: "Record", sample: int) -> None:
+        """Keeps the sample axes that agree with what `other` noted, of the same but for one perturbed sample."""
+        for number, noted in self.noted.items():
+            theirs = other.noted.get(number)
+            for side, found in (("inputs", noted.input_axes), ("outputs", noted.output_axes)):
+                for place, tensor in getattr(noted, side).items():
+                    perturbed = None if theirs is None else getattr(theirs, side).get(place)
+                    if perturbed is None or perturbed.shape != tensor.shape:
+                        found[place] = []
+                    else:
+                        found[place] = agreeing(found[place], tensor, perturbed, sample)
+
+    def resolved(self) -> list[Step]:
+        """The steps with the sample axes that are left and the rules that serve."""
+        for noted in self.noted.values():
+            step, seen = noted.step, noted.seen
+            if not all(noted.axes()):
+                step.unclear = step.unclear or f"its samples cannot be told apart in {step.name}"
+                continue
+            settled = {axes[0].positions: axes[0].samples_first for axes in noted.axes() if len(axes) == 1}
+            for found, places in ((noted.input_axes, step.inputs), (noted.output_axes, step.outputs)):
+                for place, axes in found.items():
+                    fitting = [axis for axis in axes if axis.samples_first == settled.get(axis.positions, True)]
+                    places[place] = (fitting or axes)[0]
+            step.rule = rule_for(
+                Call(seen.function, seen.name, seen.flat, seen.spec, tuple(seen.tracked), step.inputs, step.outputs, 3)
+            )
+        return self.steps
 
 
 def _selects(seen: Seen, arguments: list[Tensor]) -> bool:
@@ -137,48 +185,7 @@ def _selects(seen: Seen, arguments: list[Tensor]) -> bool:
     return seen.name == "__getitem__" and any(leaf.dtype in (torch.bool, torch.uint8) for leaf in arguments[1:])
 
 
-def _noted(tensor: Tensor, smaller: Any) -> Tensor:
-    candidates = scaled_axes(tensor.shape, smaller)
+def _noted(tensor: Tensor, candidates: list[SampleAxis]) -> Tensor:
+    """A copy where the order of positions and samples must be found by what changes, before it is overwritten."""
     plain = len(candidates) == 1 and candidates[0].positions == 1
     return tensor.detach() if plain else tensor.detach().clone()
-
-
-def resolved(records: list[Record]) -> list[Step]:
-    """The steps of the first record, with sample axes found from what changed in the others."""
-    base = records[0]
-    for number, noted in base.noted.items():
-        others = [record.noted.get(number) for record in records[1:]]
-        step = noted.step
-        shapes, output_shapes = noted.shapes
-        found: dict[Any, list[SampleAxis]] = {}
-        for place, tensor in noted.inputs.items():
-            perturbed = [None if other is None else other.inputs.get(place) for other in others]
-            found["input", place] = _axes(tensor, shapes[place], perturbed)
-        for output, tensor in enumerate(noted.outputs):
-            if tuple(tensor.shape) != output_shapes[output]:
-                perturbed = [None if other is None else other.outputs[output] for other in others]
-                found["output", output] = _axes(tensor, output_shapes[output], perturbed)
-        step.outputs = [None] * len(noted.outputs)
-        if any(not axes for axes in found.values()):
-            step.unclear = step.unclear or f"its samples cannot be told apart in {step.name}"
-            continue
-        settled = {axes[0].positions: axes[0].samples_first for axes in found.values() if len(axes) == 1}
-        for (kind, place), axes in found.items():
-            agreeing = [axis for axis in axes if axis.samples_first == settled.get(axis.positions, True)]
-            chosen = (agreeing or axes)[0]
-            if kind == "input":
-                step.inputs[place] = chosen
-            else:
-                step.outputs[place] = chosen
-        seen = noted.seen
-        call = Call(seen.function, seen.name, seen.flat, seen.spec, tuple(seen.tracked), step.inputs, step.outputs, 3)
-        step.rule = rule_for(call)
-    return base.steps
-
-
-def _axes(tensor: Tensor, smaller: Any, perturbed: list[Tensor | None]) -> list[SampleAxis]:
-    """The sample axes that are possible."""
-    alike = [other for other in perturbed if other is not None and other.shape == tensor.shape]
-    if len(alike) < len(perturbed):
-        return []
-    return choose(scaled_axes(tensor.shape, smaller), tensor, alike)

@@ -7,7 +7,6 @@ found anew at every tenth matrix all the same, and at each one of a model that r
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sdfast.ntk import inputs as feeding
@@ -17,9 +16,9 @@ from sdfast.ntk.probe import Findings
 from sdfast.ntk.sample_rows import PathChangedError
 from sdfast.ntk.source import Source, select_parameters
 from sdfast.ntk.unchanged import unchanged
+from sdfast.ntk.verified import state_of
 
 _HELD = 2**28  # bytes that may be kept from matrix to matrix
-_PLAIN = (bool, int, float, str, type(None))
 
 
 class RepeatedGram:
@@ -52,7 +51,7 @@ class RepeatedGram:
         first = next(iter(parameters.values()))
         with unchanged(model, first.device):
             inputs = feeding.read(x.to(first.device), first, "inputs")
-            state = state_of(model, x)
+            state = [id(x), x._version, tuple(x.shape), *state_of(model)]
             if self._findings is not None and self.reused + 1 < self.afresh and state == self._state:
                 self.reused += 1
                 try:
@@ -62,7 +61,7 @@ class RepeatedGram:
                     pass  # the findings hold no longer: probed below as if for the first time
             self._spare = None
             self._findings, self._outputs, self._state, self.reused = None, Outputs(self.asked), state, 0
-            source = Source(model, inputs, self._outputs, parameters, None, keep_outputs=True)
+            source = Source(model, inputs, self._outputs, parameters, None, keep_outputs=True, afresh=True)
             result = self._matrix(source, found_before=False)
             found = source.findings
             if not (found.reads or found.all_looped or found.batch_norm_trains):
@@ -81,30 +80,3 @@ class RepeatedGram:
         """
         first = next(iter(source.parameters.values()))
         return first.new_empty(source.widest) if source.widest * first.element_size() <= _HELD else None
-
-
-def state_of(model: nn.Module, x: Tensor) -> list[Any]:
-    """What findings may rest on, but for the values of parameters and buffers.
-
-    Args:
-        model: The model.
-        x: Its samples.
-
-    Returns:
-        Numbers and names that compare equal while nothing of it changed.
-    """
-    state: list[Any] = [id(x), x._version, tuple(x.shape), torch.get_default_dtype()]
-    for name, module in model.named_modules():
-        hooks = [list(held) for key, held in module.__dict__.items() if key.endswith("_hooks")]  # by their handles
-        plain = [(key, value) for key, value in module.__dict__.items() if _is_plain(value)]
-        state.append(
-            (name, id(module), type(module), id(getattr(module.forward, "__func__", module.forward)), hooks, plain)
-        )
-    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
-        own = (id(tensor), tensor.requires_grad) if isinstance(tensor, nn.Parameter) else ()
-        state.append((name, tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device, *own))
-    return state
-
-
-def _is_plain(value: Any) -> bool:
-    return type(value) in _PLAIN or (type(value) is tuple and all(type(part) in _PLAIN for part in value))

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_BESIDE = (slice(1, 3), slice(0, 3, 2), slice(0, 2))  # the other two of three samples
+
 
 class PathChangedError(RuntimeError):
     """A batch took another way through the model than the probe did."""
@@ -35,6 +37,8 @@ class SampleAxis(NamedTuple):
                 f"a tensor of shape {tuple(tensor.shape)} came where {samples} samples of {self.positions} rows each "
                 f"were to lie along axis {self.axis}"
             )
+        if self.axis == 0 and self.positions == 1:  # most often
+            return tensor.unsqueeze(1)
         if self.samples_first:
             return tensor.unflatten(self.axis, (samples, self.positions)).movedim(self.axis, 0)
         return tensor.unflatten(self.axis, (self.positions, samples)).movedim(self.axis + 1, 0)
@@ -61,22 +65,23 @@ def differs(tensor: Tensor, other: Tensor) -> Tensor:
     return (distance > 1e3 * torch.finfo(tensor.dtype).eps * scale) | (tensor.isfinite() != other.isfinite())
 
 
-def choose(candidates: Sequence[SampleAxis], base: Tensor, perturbed: Sequence[Tensor]) -> list[SampleAxis]:
-    """The candidates, both orders of each, that agree with what changed when one sample was perturbed."""
+def both_orders(candidates: Sequence[SampleAxis]) -> list[SampleAxis]:
+    """The candidates with the samples in front of their positions, and behind them where there are several."""
     return [
         candidate._replace(samples_first=samples_first)
         for candidate in candidates
         for samples_first in ((True, False) if candidate.positions > 1 else (True,))
-        if _others_stay(candidate._replace(samples_first=samples_first), base, perturbed)
     ]
 
 
-def _others_stay(axis: SampleAxis, base: Tensor, perturbed: Sequence[Tensor]) -> bool:
-    """Whether with every perturbed sample the rows of the others are the same, to the bit or but by rounding."""
-    before = axis.split(base, 3)
-    unequal = []
-    for sample, tensor in enumerate(perturbed):
-        after = axis.split(tensor, 3)
-        unequal += [(sample, other) for other in {0, 1, 2} - {sample} if not torch.equal(before[other], after[other])]
-    changed = {sample: axis.split(differs(base, perturbed[sample]), 3) for sample, _ in unequal}
-    return not any(changed[sample][other].any() for sample, other in unequal)
+def agreeing(candidates: Sequence[SampleAxis], base: Tensor, perturbed: Tensor, sample: int) -> list[SampleAxis]:
+    """The candidates along which the rows of the others stay the same when one of three samples is perturbed."""
+    return [candidate for candidate in candidates if _others_stay(candidate, base, perturbed, sample)]
+
+
+def _others_stay(axis: SampleAxis, base: Tensor, perturbed: Tensor, sample: int) -> bool:
+    """Whether they are the same to the bit, or but by rounding."""
+    others = _BESIDE[sample]
+    if torch.equal(axis.split(base, 3)[others], axis.split(perturbed, 3)[others]):
+        return True
+    return not axis.split(differs(base, perturbed), 3)[others].any()

@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from mmap import mmap
 from typing import Any, NamedTuple
 
 import torch
@@ -13,16 +14,20 @@ from torch.nn.parameter import UninitializedParameter
 
 from sdfast import _checks
 from sdfast.ntk import inputs as feeding
+from sdfast.ntk import panels
 from sdfast.ntk.capture import Capture
+from sdfast.ntk.comparison import loop_what_differs
 from sdfast.ntk.coupling import refuse_other_answers, refuse_other_pieces
 from sdfast.ntk.inputs import Inputs
 from sdfast.ntk.outputs import Outputs
-from sdfast.ntk.probe import Findings, probe
+from sdfast.ntk.probe import Findings
 from sdfast.ntk.sample_rows import PathChangedError
+from sdfast.ntk.verified import findings_of, forget
 
-# Samples of a micro-batch: few where their activations are large, which then stay in the cache; many where no layer has
-# more than one position a sample, and its weight is what is read again for each micro-batch.
-BATCH_SIZE, BATCH_SIZE_OF_ONE_POSITION = 32, 256
+# Samples of a micro-batch: many, as each costs the calls of all layers; fewer where activations would take more than so
+# many bytes; most where no layer has more than one position a sample, and its weight is what is read again for each.
+LEAST_BATCH_SIZE, BATCH_SIZE, BATCH_SIZE_OF_ONE_POSITION = 32, 128, 256
+ACTIVATIONS = 2**29
 
 
 class Chunk(NamedTuple):
@@ -57,6 +62,7 @@ class Source:
         findings: Of the probe on other inputs of this model; ``None`` to probe these.
         keep_outputs: Keep what the model gives for each micro-batch, for `model_output`.
         spare: Memory for one panel of gradients, which every pass may overwrite.
+        afresh: Probe, whatever is known of the model.
 
     Raises:
         ValueError: Batch norm in training mode, and a batch size below the number of samples.
@@ -72,12 +78,17 @@ class Source:
         findings: Findings | None = None,
         keep_outputs: bool = False,
         spare: Tensor | None = None,
+        afresh: bool = False,
     ) -> None:
         self.model, self.inputs, self.outputs, self.parameters = model, inputs, outputs, parameters
-        self.findings: Findings = probe(model, inputs, outputs, parameters) if findings is None else findings
+        self.findings: Findings = (
+            findings_of(model, inputs, outputs, parameters, afresh) if findings is None else findings
+        )
         # What the probe saw is known of its own inputs; batch norm in training mode changes it with the batch.
         self.answers = self.findings.answers if findings is None and not self.findings.batch_norm_trains else {}
+        self.expected = self.findings.expected if findings is None else {}
         self.samples, self.spare, self.widest = inputs.samples, spare, 0
+        self.lent: list[mmap] = []
         self.kept: dict[int, Tensor] | None = {} if keep_outputs else None
         self.batch_size = min(self._usual_batch_size() if batch_size is None else batch_size, self.samples)
         if self.findings.batch_norm_trains:
@@ -89,10 +100,19 @@ class Source:
             self.batch_size = self.samples
 
     def _usual_batch_size(self) -> int:
-        """By the work of a parameter's gradient: at one position a sample it is one product for each of its entries."""
-        work = {} if self.findings.looped else self.findings.work  # what is looped passes all of a micro-batch
-        single = all(work.get(name, 0) <= 2 * parameter.numel() for name, parameter in self.parameters.items())
-        return BATCH_SIZE_OF_ONE_POSITION if single and work else BATCH_SIZE
+        """By the work of a parameter's gradient, at one position one product for each of its entries; by activations.
+
+        All micro-batches are of nearly the same size.
+        """
+        found = self.findings
+        if found.looped:
+            return LEAST_BATCH_SIZE  # what is looped passes all of a micro-batch
+        single = all(found.work.get(name, 0) <= 2 * parameter.numel() for name, parameter in self.parameters.items())
+        if single and found.work:
+            return BATCH_SIZE_OF_ONE_POSITION
+        fitting = ACTIVATIONS // max(1, found.activations)
+        size = max(LEAST_BATCH_SIZE, min(BATCH_SIZE, fitting))
+        return -(-self.samples // -(-self.samples // size))
 
     @property
     def classes(self) -> int:
@@ -116,6 +136,15 @@ class Source:
         Raises:
             PathChangedError: A micro-batch took another way through the model than the probe did.
         """
+        try:
+            yield from self._chunks(wanted, factored, panels)
+        except PathChangedError:
+            forget(self.model)
+            raise
+
+    def _chunks(
+        self, wanted: Iterable[str], factored: Iterable[str], panels: Mapping[str, Tensor] | None
+    ) -> Iterator[Chunk]:
         wanted, factored = list(wanted), frozenset(factored)
         followed = {name: self.parameters[name] for name in [*wanted, *factored] if name not in self.findings.looped}
         looped = {name: self.parameters[name] for name in wanted if name in self.findings.looped}
@@ -142,10 +171,13 @@ class Source:
                 last = column + 1 == self.classes and not looped
                 into = self._into(panels, column, start, stop)
                 rows = {} if capture is None else capture.gradients(columns[:, column].sum(), not last, into)
-                missing -= rows.keys() | (set() if capture is None else capture.factors.keys())
+                factors = {} if capture is None else dict(capture.factors)
+                missing -= rows.keys() | factors.keys()
+                if start == 0 and self.expected:
+                    self._confirm(rows, factors)
                 rows |= _one_by_one(columns[:, column], looped)
                 flat = {name: self._flat(name, rows.get(name), into.get(name), stop - start) for name in wanted}
-                yield Chunk(start, stop, column, flat, {} if capture is None else dict(capture.factors))
+                yield Chunk(start, stop, column, flat, factors)
         if missing:
             raise PathChangedError(f"no gradient of {', '.join(sorted(missing))} came")
 
@@ -156,7 +188,16 @@ class Source:
         if self.spare is not None and self.spare.numel() >= math.prod(shape):
             return self.spare[: math.prod(shape)].view(shape)
         first = next(iter(self.parameters.values()))
-        return torch.empty(shape, dtype=first.dtype, device=first.device)
+        self.give_back()
+        memory = panels.take(math.prod(shape) * first.element_size()) if first.device.type == "cpu" else None
+        if memory is None:
+            return torch.empty(shape, dtype=first.dtype, device=first.device)
+        self.lent.append(memory)
+        return torch.frombuffer(memory, dtype=first.dtype, count=math.prod(shape)).view(shape)
+
+    def give_back(self) -> None:
+        """Leaves the memory of panels that are no more to those to come."""
+        panels.give_back(self.lent)
 
     def model_output(self) -> Tensor:
         """What the model gave for all samples, once `chunks` went through them; it has to be tensors (samples, ...)."""
@@ -167,6 +208,19 @@ class Source:
         """The outputs of samples `first` to `last` after `start` as a batch of their own."""
         rows = self.inputs.rows(start + first, start + last)
         return self.outputs.columns(feeding.call(self.model, rows), last - first)
+
+    def _confirm(self, rows: Mapping[str, Tensor], factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Compares the first sample's gradients with autograd's, where the findings are of another time."""
+        expected = {name: self.expected[name] for name in (*rows, *factors) if name not in self.findings.looped}
+        if not expected:
+            return
+        first = {name: row[:1] for name, row in rows.items()}
+        sides = {name: (a[:1], b[:1]) for name, (a, b) in factors.items()}
+        differing: dict[str, str] = {}
+        loop_what_differs(expected, first, next(iter(expected.values())).new_ones(1), differing, sides)
+        if differing:
+            name, reason = next(iter(differing.items()))
+            raise PathChangedError(f"{name} is used in another way than before: {reason}")
 
     def _check_unused(self, columns: Tensor) -> None:
         """What no output of the probe's samples depends on, none of these may depend on."""

@@ -10,7 +10,7 @@ from sdfast.ntk.layers import attention, convolution, embedding, linear, normali
 from sdfast.ntk.layers.generic import LoopRule, VmapRule
 from sdfast.ntk.layers.rule import Call, NamedRule, Rule, Slot
 
-__all__ = ["COMPOSITES", "GENERIC", "LOOP", "Call", "NamedRule", "Rule", "Slot", "register", "rule_for"]
+__all__ = ["COMPOSITES", "GENERIC", "LOOP", "Call", "NamedRule", "Rule", "Slot", "register", "registered", "rule_for"]
 
 GENERIC, LOOP = VmapRule(), LoopRule()
 
@@ -35,6 +35,11 @@ def register(rule: Rule, *functions: Callable) -> None:
         raise TypeError(f"rule: got {type(rule).__name__}, wanted a sdfast.ntk.layers.Rule")
     for function in functions:
         _RULES.setdefault(function, []).insert(0, rule)
+
+
+def registered() -> int:
+    """How many rules there are for all functions together."""
+    return sum(map(len, _RULES.values()))
 
 
 def rule_for(call: Call) -> Rule:
