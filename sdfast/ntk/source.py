@@ -26,7 +26,7 @@ from sdfast.ntk.verified import findings_of, forget
 
 # Samples of a micro-batch: many, as each costs the calls of all layers; fewer where activations would take more than so
 # many bytes; most where no layer has more than one position a sample, and its weight is what is read again for each.
-LEAST_BATCH_SIZE, BATCH_SIZE, BATCH_SIZE_OF_ONE_POSITION = 32, 128, 256
+LEAST_BATCH_SIZE, BATCH_SIZE, BATCH_SIZE_OF_ONE_POSITION = 32, 128, 1024
 ACTIVATIONS = 2**29
 
 
@@ -108,10 +108,9 @@ class Source:
         if found.looped:
             return LEAST_BATCH_SIZE  # what is looped passes all of a micro-batch
         single = all(found.work.get(name, 0) <= 2 * parameter.numel() for name, parameter in self.parameters.items())
-        if single and found.work:
-            return BATCH_SIZE_OF_ONE_POSITION
+        most = BATCH_SIZE_OF_ONE_POSITION if single and found.work else BATCH_SIZE
         fitting = ACTIVATIONS // max(1, found.activations)
-        size = max(LEAST_BATCH_SIZE, min(BATCH_SIZE, fitting))
+        size = max(LEAST_BATCH_SIZE, min(most, fitting))
         return -(-self.samples // -(-self.samples // size))
 
     @property

@@ -96,6 +96,7 @@ def test_a_path_of_each_sample_s_own_is_exact():
         return torch.stack([F.linear(row, s.a) if row.sum() > 0 else F.linear(row, s.b).tanh() for row in x])
 
     model, x = Functional(forward, a=(2, 3), b=(2, 3)), torch.randn(7, 3)
+    x[:2] = torch.stack([x[0].abs(), -x[1].abs()])  # both ways are taken
     for size in (1, 3, 7):
         with pytest.warns(UserWarning, match="one backward pass for each sample and output"):
             got = gram(model, x, outputs="trace", batch_size=size)

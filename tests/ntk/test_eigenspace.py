@@ -78,7 +78,10 @@ def assert_right(space, matrix, k, tolerance):
     assert np.all(np.diff(got) <= 0)
     np.testing.assert_allclose(v.T @ v, np.eye(k), atol=1e-11)
     true = np.linalg.norm(matrix @ v - v * got, axis=0) / (scale or 1)
-    np.testing.assert_allclose(np.asarray(space.residuals), true, rtol=1e-6, atol=1e-14)
+    # Over |λ|_max as far as it was seen: less than it is where that is another eigenvalue than those wanted.
+    seen = 1e-6 if abs(exact[0]) == scale else 1e-4
+    np.testing.assert_allclose(np.asarray(space.residuals), true, rtol=seen, atol=1e-14)
+    assert np.all(np.asarray(space.residuals) >= (1 - 1e-6) * true - 1e-14)
     assert np.array_equal(np.asarray(space.converged), np.asarray(space.residuals) <= tolerance)
     gap = np.inf if k == len(matrix) else (exact[k - 1] - exact[k]) / (abs(exact[k - 1]) or 1)
     if gap == np.inf:
