@@ -8,7 +8,7 @@ the factors of a layer that may be contracted stand for its gradient. A paramete
 module for instance, is differentiated one sample at a time too. Nothing is left out.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from sdfast.ntk import inputs as feeding
 from sdfast.ntk.altered import copies, jittered, perturbed
 from sdfast.ntk.capture import Capture, Origin, ParameterMode, Seen, Step
 from sdfast.ntk.comparison import UNSEEN, loop_what_differs, shares_of
+from sdfast.ntk.confirmation import graph_of
 from sdfast.ntk.costs import may_serve
 from sdfast.ntk.coupling import refuse_coupled_gradients, refuse_coupling, refuse_places
 from sdfast.ntk.inputs import Inputs
@@ -48,8 +49,10 @@ class Findings:
         reads: Whether the model makes numbers of Python out of values, which may choose its path.
         activations: Bytes of what the operations on one sample give.
         answers: Outputs of the probe's samples, by their number: what no batch may change but by rounding.
-        expected: By parameter: the first sample's gradient of the only output by autograd alone, where the first
-            micro-batch is still to be compared with it.
+        graph: How the outputs of three samples were computed; see `confirmation.graph_of`.
+        reused: Whether these are findings of another time.
+        before: Then the only output of the probe's samples, with its graph: the first pass is still to be compared
+            with its gradients.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -63,7 +66,9 @@ class Findings:
     reads: bool = False
     activations: int = 0
     answers: dict[int, Tensor] = field(default_factory=dict)
-    expected: dict[str, Tensor] = field(default_factory=dict)
+    graph: Hashable = None
+    reused: bool = False
+    before: Tensor | None = None
 
 
 def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mapping[str, Tensor]) -> Findings:
@@ -131,6 +136,7 @@ def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mappin
         findings.steps = base.resolved()
     del base  # with the tensors that it noted
     plain = outputs.columns(feeding.call(model, copies(three)), 3)
+    findings.graph = graph_of(plain, parameters)
     for guarded in (values,) if findings.batch_norm_trains else (values, None):
         try:
             _guard(model, three, outputs, parameters, findings, guarded, plain, generator)
@@ -151,7 +157,7 @@ def confirmed(
 ) -> Findings | None:
     """Findings of the same model at another time, once guard (b) has seen them hold on these samples.
 
-    Of one output it is left to the first micro-batch to compare its gradients with those expected.
+    Of one output it is left to the first pass to compare the gradients of these samples.
 
     Args:
         model: See `probe`.
@@ -171,9 +177,12 @@ def confirmed(
     three = inputs.pick(picked)
     with refuse_randomness(model, inputs):
         plain = outputs.columns(feeding.call(model, copies(three)), 3)
+    if graph_of(plain, parameters) != findings.graph:
+        return None
     findings.answers = dict(zip(picked, plain.detach(), strict=True))
+    findings.reused = True
     if outputs.classes == 1:
-        findings.expected = _exact(plain[0, 0], parameters)
+        findings.before = plain
         return findings
     try:
         _guard(model, three, outputs, parameters, findings, None, plain, generator)
