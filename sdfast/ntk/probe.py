@@ -164,7 +164,7 @@ def confirmed(
         inputs: See `probe`.
         outputs: See `probe`.
         parameters: See `probe`.
-        findings: Of a model without looped parameters; they are given the outputs of these samples.
+        findings: Are given the outputs of these samples.
 
     Returns:
         The findings, or ``None`` where they do not hold.
@@ -180,7 +180,7 @@ def confirmed(
     if graph_of(plain, parameters) != findings.graph:
         return None
     findings.answers = dict(zip(picked, plain.detach(), strict=True))
-    findings.reused = True
+    findings.reused, looped = True, dict(findings.looped)
     if outputs.classes == 1:
         findings.before = plain
         return findings
@@ -188,7 +188,7 @@ def confirmed(
         _guard(model, three, outputs, parameters, findings, None, plain, generator)
     except PathChangedError:
         return None
-    return None if findings.looped else findings
+    return findings if findings.looped == looped else None
 
 
 def _picked(inputs: Inputs) -> list[int]:

@@ -59,7 +59,8 @@ class Source:
         outputs: Which outputs.
         parameters: Those to differentiate, by name.
         batch_size: Samples of a micro-batch, or ``None``.
-        findings: Of the probe on other inputs of this model; ``None`` to probe these.
+        findings: Of this model; ``None`` to probe it.
+        of_these: Whether `findings` are of these inputs, and not of others.
         keep_outputs: Keep what the model gives for each micro-batch, for `model_output`.
         spare: Memory for one panel of gradients, which every pass may overwrite.
         afresh: Probe, whatever is known of the model.
@@ -79,14 +80,16 @@ class Source:
         keep_outputs: bool = False,
         spare: Tensor | None = None,
         afresh: bool = False,
+        of_these: bool = False,
     ) -> None:
         self.model, self.inputs, self.outputs, self.parameters = model, inputs, outputs, parameters
         self.findings: Findings = (
             findings_of(model, inputs, outputs, parameters, afresh) if findings is None else findings
         )
+        of_these = of_these or findings is None
         # What the probe saw is known of its own inputs; batch norm in training mode changes it with the batch.
-        self.answers = self.findings.answers if findings is None and not self.findings.batch_norm_trains else {}
-        before = self.findings.before if findings is None else None
+        self.answers = self.findings.answers if of_these and not self.findings.batch_norm_trains else {}
+        before = self.findings.before if of_these else None
         self.confirmation = None if before is None else Confirmation(before, [*self.answers], parameters)
         self.samples, self.spare, self.widest = inputs.samples, spare, 0
         self.lent: list[mmap] = []

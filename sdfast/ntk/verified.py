@@ -82,8 +82,8 @@ def findings_of(
     kept = known.kept.pop(key, None)
     if kept is not None and not afresh and kept.used + 1 < AFRESH:
         kept.used += 1
-        found = confirmed(model, inputs, outputs, parameters, _copy(kept.findings))
-        if found is not None and outputs.classes == kept.classes:
+        found = found_again(model, inputs, outputs, parameters, kept.findings, kept.classes)
+        if found is not None:
             known.kept[key] = kept
             return found
     findings = probe(model, inputs, outputs, parameters)
@@ -92,6 +92,36 @@ def findings_of(
             known.kept.pop(next(iter(known.kept)))  # the one not used for the longest
         known.kept[key] = _Kept(dataclasses.replace(_copy(findings), answers={}), outputs.classes)
     return findings
+
+
+def found_again(
+    model: nn.Module,
+    inputs: Inputs,
+    outputs: Outputs,
+    parameters: Mapping[str, Tensor],
+    findings: Findings,
+    classes: int,
+) -> Findings | None:
+    """A copy of findings of another time, for these inputs; ``None`` where they do not hold.
+
+    Args:
+        model: See `probe`.
+        inputs: See `probe`.
+        outputs: See `probe`.
+        parameters: See `probe`.
+        findings: They stay as they are.
+        classes: Outputs then.
+
+    Returns:
+        The copy, for a `Source` of these inputs, which goes on comparing.
+
+    Raises:
+        ValueError: The model draws random numbers.
+    """
+    if inputs.samples <= _FEW:
+        return None
+    found = confirmed(model, inputs, outputs, parameters, _copy(findings))
+    return found if outputs.classes == classes else None
 
 
 def retried(compute: Callable[[bool], _T], afresh: bool = False) -> _T:
@@ -138,8 +168,8 @@ def state_of(model: nn.Module) -> list[Any]:
 
 
 def _key(inputs: Inputs, outputs: Outputs, parameters: Mapping[str, Tensor]) -> Any:
-    """What a model is asked, but for the samples; ``None`` where that is a function, or the samples are too few."""
-    if callable(outputs.asked) or inputs.samples <= _FEW:
+    """What a model is asked, but for the samples; ``None`` where that is a function, which may change."""
+    if callable(outputs.asked):
         return None
     shapes = tuple((key, tuple(tensor.shape[1:]), tensor.dtype) for key, tensor in inputs.tensors.items())
     return outputs.asked, shapes, inputs.device, tuple(parameters)
