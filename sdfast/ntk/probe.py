@@ -145,10 +145,13 @@ def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mappin
             _guard(model, three, outputs, parameters, findings, guarded, plain, generator)
     findings.answers = dict(zip(picked, plain.detach(), strict=True))
     if findings.looped and not findings.batch_norm_trains:
-        others = perturbed(perturbed(three, 1, inputs, generator), 2, inputs, generator)
         looped = {name: parameters[name] for name in findings.looped}
-        both = [_first_gradients(model, tensors, outputs, looped) for tensors in (three, others)]
-        refuse_coupled_gradients(list(looped), *both)
+        for sample in range(3):
+            others: Mapping[int | str, Tensor] = three
+            for other in {0, 1, 2} - {sample}:
+                others = perturbed(others, other, inputs, generator)
+            both = [_gradients_of(sample, model, tensors, outputs, looped) for tensors in (three, others)]
+            refuse_coupled_gradients(list(looped), *both)
     return findings
 
 
@@ -195,14 +198,18 @@ def _picked(inputs: Inputs) -> list[int]:
     return [0, inputs.samples // 2, inputs.samples - 1]
 
 
-def _first_gradients(
-    model: nn.Module, tensors: Mapping[int | str, Tensor], outputs: Outputs, parameters: Mapping[str, Tensor]
+def _gradients_of(
+    sample: int,
+    model: nn.Module,
+    tensors: Mapping[int | str, Tensor],
+    outputs: Outputs,
+    parameters: Mapping[str, Tensor],
 ) -> list[Tensor]:
-    """Gradients of the first of three samples, by autograd alone."""
+    """Gradients of one of three samples, by autograd alone."""
     columns = outputs.columns(feeding.call(model, copies(tensors)), 3)
     weights = torch.linspace(1, 2, columns.shape[1]).to(columns)
     gradients = torch.autograd.grad(
-        columns[0] @ weights, list(parameters.values()), allow_unused=True, materialize_grads=True
+        columns[sample] @ weights, list(parameters.values()), allow_unused=True, materialize_grads=True
     )
     return [gradient.to_dense() if gradient.is_sparse else gradient for gradient in gradients]
 

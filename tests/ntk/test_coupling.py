@@ -29,6 +29,14 @@ class Shared(torch.autograd.Function):
         return g + g.sum(0, keepdim=True)
 
 
+class Exchanged(Shared):
+    """Gives all samples but the first each other's gradients."""
+
+    @staticmethod
+    def backward(ctx, g):
+        return torch.cat([g[:1], g[1:].flip(0)])
+
+
 def centred(s, x):
     out = F.linear(x, s.w)
     return out + out.mean(0) - out.mean(0).detach()
@@ -48,6 +56,10 @@ COUPLED = {
     "gradients by a detached mean": (centred, "the gradient of one sample's output by w " + OTHER_SAMPLE),
     "gradients by a backward of its own": (
         lambda s, x: Shared.apply(F.linear(x, s.w)),
+        "the gradient of one sample's output by w " + OTHER_SAMPLE,
+    ),
+    "gradients of all samples but the first": (
+        lambda s, x: Exchanged.apply(F.linear(x, s.w)),
         "the gradient of one sample's output by w " + OTHER_SAMPLE,
     ),
     "place": (
