@@ -60,7 +60,7 @@ class Confirmation:
         sources = {name: self.left.pop(name) for name in (*rows, *factors)}
         if not sources:
             return
-        sizes = {name: _size(a) * _size(b) for name, (a, b) in factors.items()}
+        sizes = {name: _size(a) * _size(b) if a.is_floating_point() else _size(b) for name, (a, b) in factors.items()}
         shares = shares_of(rows | sizes, self.columns, torch.Generator().manual_seed(0))
         try:
             gradients = torch.autograd.grad(
@@ -111,8 +111,5 @@ def graph_of(columns: Tensor, parameters: Mapping[str, Tensor]) -> Hashable:
 
 
 def _size(side: Tensor) -> Tensor:
-    """Of each sample's part of a factor (samples, 1); of tokens one."""
-    flat = side.reshape(len(side), -1)
-    if not side.is_floating_point():
-        return flat.new_ones(len(flat), 1, dtype=torch.get_default_dtype())
-    return torch.linalg.vector_norm(flat, dim=1, keepdim=True)
+    """Of each sample's part of a factor (samples, 1)."""
+    return torch.linalg.vector_norm(side.reshape(len(side), -1), dim=1, keepdim=True)

@@ -165,6 +165,48 @@ def test_coupling_is_refused_however_few_the_samples(function, path, count):
         function(model, x, outputs="sum")
 
 
+class Backwards(torch.autograd.Function):
+    """Whose backward alone looks at the world."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return {"coupled": g - g.mean(0, keepdim=True), "thrice": 3 * g}.get(WORLD["path"], g)
+
+
+class Tokens(nn.Module):
+    """An embedding and a linear layer whose factors are contracted."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.inner, self.outer = nn.Embedding(900, 32), nn.Linear(32, 90), nn.Linear(90, 1)
+
+    def forward(self, x):
+        return self.outer(Backwards.apply(torch.tanh(self.inner(torch.tanh(self.embedding(x))))).mean(1))
+
+
+@pytest.mark.parametrize("memory", [None, 60000])  # one group, or several and as many passes
+def test_gradients_that_change_unseen_are_seen_as_the_passes_give_them(memory):
+    model = Tokens().double()
+
+    def right(samples):
+        x = torch.randint(0, 900, (samples, 2))
+        assert_exact(gram(model, x, outputs="sum", memory=memory), gram_of(jacobian(model, x), "sum"))
+
+    right(9)
+    WORLD["path"] = "thrice"  # what the passes give follows by itself
+    right(12)
+    WORLD["path"] = "coupled"
+    for samples in (5, 9, 12):
+        with pytest.raises(ValueError, match="changes with another sample"):
+            right(samples)
+    WORLD["path"] = "plain"
+    right(10)
+
+
 class Sorting(Free):
     """As before a packed sequence: longest first, and back."""
 
