@@ -148,8 +148,8 @@ def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mappin
         looped = {name: parameters[name] for name in findings.looped}
         for sample in range(3):
             others: Mapping[int | str, Tensor] = three
-            for other in {0, 1, 2} - {sample}:
-                others = perturbed(others, other, inputs, generator)
+            for beside in {0, 1, 2} - {sample}:
+                others = perturbed(others, beside, inputs, generator)
             both = [_gradients_of(sample, model, tensors, outputs, looped) for tensors in (three, others)]
             refuse_coupled_gradients(list(looped), *both)
     return findings
