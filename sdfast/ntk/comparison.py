@@ -9,7 +9,6 @@ from torch import Tensor
 from sdfast.ntk.factors import backward_factors
 
 _CACHED = 2**16  # entries
-_FEW = 2**12  # entries of each gradient that tell how large a sample's are
 _LARGEST_SHARE = 1e6  # of a sample in a sum, over the smallest
 _LOST = 1e-24  # a sum of squares below it may have lost those that its dtype cannot hold
 UNSEEN = "used where no torch function shows it: in a scripted module, or a custom autograd.Function"
@@ -61,9 +60,9 @@ def shares_of(rows: Mapping[str, Tensor], like: Tensor, generator: torch.Generat
         (samples,).
     """
     drawn = 0.5 + torch.rand(len(like), generator=generator, dtype=torch.float64)
-    few = [_flat(row)[:, :_FEW] for row in rows.values()]
-    if few:
-        sizes = torch.stack([torch.linalg.vector_norm(row, dim=1) for row in few]).nan_to_num(0, 0, 0).double()
+    if rows:
+        norms = [torch.linalg.vector_norm(_flat(row), dim=1) for row in rows.values()]
+        sizes = torch.stack(norms).nan_to_num(0, 0, 0).double()
         size = torch.linalg.vector_norm(sizes, dim=0).cpu()
         drawn *= (size.max() / size.clamp_min(size.max() / _LARGEST_SHARE)).nan_to_num(1, 1, 1)
     return drawn.to(like)

@@ -106,7 +106,7 @@ def refuse_coupled_gradients(names: Sequence[str], base: Sequence[Tensor], other
 
     Args:
         names: Of parameters.
-        base: Gradients of the first sample's output.
+        base: Gradients of one sample's output.
         other: The same after the other samples changed.
 
     Raises:

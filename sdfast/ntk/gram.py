@@ -24,6 +24,7 @@ from sdfast.ntk.sample_gradients import check_batch_size
 from sdfast.ntk.sample_rows import PathChangedError
 from sdfast.ntk.source import Source, loop_everything, say, select_parameters
 from sdfast.ntk.unchanged import unchanged
+from sdfast.ntk.verified import retried
 
 
 def gram(
@@ -94,21 +95,29 @@ def gram(
     memory = check_memory(memory)
     rates = rates_of(plan)
     with unchanged(model, first.device):
-        left = Source(model, feeding.read(x1, first, "x1"), asked, parameters, batch_size)
-        right = left
-        if x2 is not None:
-            right = Source(model, feeding.read(x2, first, "x2"), asked, parameters, batch_size, left.findings)
+        rows = feeding.read(x1, first, "x1")
+        columns = None if x2 is None else feeding.read(x2, first, "x2")
         shards = Shards(group, first.device)
-        result = Result(asked, left.samples, right.samples, precision, first.device, symmetric=x2 is None, out=out)
-        run = _Run(left, right, precision, memory, plan, rates, shards)
-        saved = None if checkpoint is None and group is None else _opened(checkpoint, run)
-        if shards.any(saved is not None and saved.looped):
-            loop_everything(left.findings, parameters, "as before the interruption")
-            if saved is not None and not saved.looped:
-                saved.forget()
-        _fill_or_loop(result, run, saved, progress)
-        shards.add_up(result.tensor)
-        say(left.findings)
+
+        def compute(afresh: bool) -> Result:
+            left = Source(model, rows, asked, parameters, batch_size, afresh=afresh)
+            right = left
+            if columns is not None:
+                right = Source(model, columns, asked, parameters, batch_size, left.findings)
+            result = Result(asked, left.samples, right.samples, precision, first.device, symmetric=x2 is None, out=out)
+            run = _Run(left, right, precision, memory, plan, rates, shards)
+            saved = None if checkpoint is None and group is None else _opened(checkpoint, run)
+            if shards.any(saved is not None and saved.looped):
+                loop_everything(left.findings, parameters, "as before the interruption")
+                if saved is not None and not saved.looped:
+                    saved.forget()
+            _fill_or_loop(result, run, saved, progress)
+            shards.add_up(result.tensor)
+            say(left.findings)
+            return result
+
+        # What is shared with other processes, or goes on another day, does not rest on what one of them has seen.
+        result = retried(compute, afresh=group is not None or checkpoint is not None)
     return result.finished()
 
 

@@ -27,6 +27,7 @@ from sdfast.ntk.sample_gradients import check_batch_size
 from sdfast.ntk.sample_rows import PathChangedError
 from sdfast.ntk.source import Source, loop_everything, say, select_parameters
 from sdfast.ntk.unchanged import full_precision, unchanged
+from sdfast.ntk.verified import retried
 
 __all__ = ["JacobianOperator", "NTKOperator", "operator"]
 
@@ -65,14 +66,19 @@ def operator(
     check_batch_size(batch_size)
     first = next(iter(parameters.values()))
     with unchanged(model, first.device):
-        source = Source(model, feeding.read(x, first, "x"), asked, parameters, batch_size)
-        try:
-            made = NTKOperator(_Gradients(source, check_memory(memory)))
-        except PathChangedError as error:
-            loop_everything(source.findings, parameters, str(error))
-            made = NTKOperator(_Gradients(source, check_memory(memory)))
-        say(source.findings)
-    return made
+        inputs = feeding.read(x, first, "x")
+
+        def compute(afresh: bool) -> NTKOperator:
+            source = Source(model, inputs, asked, parameters, batch_size, afresh=afresh)
+            try:
+                made = NTKOperator(_Gradients(source, check_memory(memory)))
+            except PathChangedError as error:
+                loop_everything(source.findings, parameters, str(error))
+                made = NTKOperator(_Gradients(source, check_memory(memory)))
+            say(source.findings)
+            return made
+
+        return retried(compute)
 
 
 class _Gradients:

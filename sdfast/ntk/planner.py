@@ -18,6 +18,7 @@ from sdfast.ntk.result import tiles_of
 from sdfast.ntk.sample_gradients import check_batch_size
 from sdfast.ntk.source import Source, select_parameters
 from sdfast.ntk.unchanged import unchanged
+from sdfast.ntk.verified import retried
 
 MEMORY = 2**31  # bytes: fixed, so that the groups, and with them the last bits, do not depend on what else runs
 
@@ -70,21 +71,27 @@ def plan(
     check_batch_size(batch_size)
     memory = check_memory(memory)
     with unchanged(model, first.device):
-        left = Source(model, feeding.read(x1, first, "x1"), asked, parameters, batch_size)
-        right = left
-        if x2 is not None:
-            right = Source(model, feeding.read(x2, first, "x2"), asked, parameters, batch_size, left.findings)
-        if calibrate and left.findings.batch_norm_trains:
-            raise NotImplementedError(
-                "calibrate: batch norm is in training mode, so all samples are one batch, and there are no "
-                "micro-batches to time; call model.eval(), or plan without calibrate"
-            )
-        rates = calibration.measure_rates(first.dtype, first.device, precision) if calibrate else None
-        made = plan_of(left, right, precision, memory, rates)
-        _fill_costs(made, left)
-        if calibrate:
-            made.seconds = calibration.predict(made, left, right)
-    return made
+        rows = feeding.read(x1, first, "x1")
+        columns = None if x2 is None else feeding.read(x2, first, "x2")
+
+        def compute(afresh: bool) -> Plan:
+            left = Source(model, rows, asked, parameters, batch_size, afresh=afresh)
+            right = left
+            if columns is not None:
+                right = Source(model, columns, asked, parameters, batch_size, left.findings)
+            if calibrate and left.findings.batch_norm_trains:
+                raise NotImplementedError(
+                    "calibrate: batch norm is in training mode, so all samples are one batch, and there are no "
+                    "micro-batches to time; call model.eval(), or plan without calibrate"
+                )
+            rates = calibration.measure_rates(first.dtype, first.device, precision) if calibrate else None
+            made = plan_of(left, right, precision, memory, rates)
+            _fill_costs(made, left)
+            if calibrate:
+                made.seconds = calibration.predict(made, left, right)
+            return made
+
+        return retried(compute)
 
 
 def plan_of(

@@ -8,7 +8,7 @@ the factors of a layer that may be contracted stand for its gradient. A paramete
 module for instance, is differentiated one sample at a time too. Nothing is left out.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from sdfast.ntk import inputs as feeding
 from sdfast.ntk.altered import copies, jittered, perturbed
 from sdfast.ntk.capture import Capture, Origin, ParameterMode, Seen, Step
 from sdfast.ntk.comparison import UNSEEN, loop_what_differs, shares_of
+from sdfast.ntk.confirmation import graph_of
 from sdfast.ntk.costs import may_serve
 from sdfast.ntk.coupling import refuse_coupled_gradients, refuse_coupling, refuse_places
 from sdfast.ntk.inputs import Inputs
@@ -49,8 +50,10 @@ class Findings:
         reads: Whether the model makes numbers of Python out of values, which may choose its path.
         activations: Bytes of what the operations on one sample give.
         answers: Outputs of the probe's samples, by their number: what no batch may change but by rounding.
-        expected: By parameter: the first sample's gradient of the only output by autograd alone, where the first
-            micro-batch is still to be compared with it.
+        graph: How the outputs of three samples were computed; see `confirmation.graph_of`.
+        reused: Whether these are findings of another time.
+        before: Then the only output of the probe's samples, with its graph: the first pass is still to be compared
+            with its gradients.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -65,7 +68,9 @@ class Findings:
     reads: bool = False
     activations: int = 0
     answers: dict[int, Tensor] = field(default_factory=dict)
-    expected: dict[str, Tensor] = field(default_factory=dict)
+    graph: Hashable = None
+    reused: bool = False
+    before: Tensor | None = None
 
 
 def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mapping[str, Tensor]) -> Findings:
@@ -133,6 +138,7 @@ def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mappin
         findings.steps = base.resolved()
     del base  # with the tensors that it noted
     plain = outputs.columns(feeding.call(model, copies(three)), 3)
+    findings.graph = graph_of(plain, parameters)
     for guarded in (values,) if findings.batch_norm_trains else (values, None):
         try:
             _guard(model, three, outputs, parameters, findings, guarded, plain, generator)
@@ -141,10 +147,13 @@ def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mappin
             _guard(model, three, outputs, parameters, findings, guarded, plain, generator)
     findings.answers = dict(zip(picked, plain.detach(), strict=True))
     if findings.looped and not findings.batch_norm_trains:
-        others = perturbed(perturbed(three, 1, inputs, generator), 2, inputs, generator)
         looped = {name: parameters[name] for name in findings.looped}
-        both = [_first_gradients(model, tensors, outputs, looped) for tensors in (three, others)]
-        refuse_coupled_gradients(list(looped), *both)
+        for sample in range(3):
+            others: Mapping[int | str, Tensor] = three
+            for beside in {0, 1, 2} - {sample}:
+                others = perturbed(others, beside, inputs, generator)
+            both = [_gradients_of(sample, model, tensors, outputs, looped) for tensors in (three, others)]
+            refuse_coupled_gradients(list(looped), *both)
     return findings
 
 
@@ -153,14 +162,14 @@ def confirmed(
 ) -> Findings | None:
     """Findings of the same model at another time, once guard (b) has seen them hold on these samples.
 
-    Of one output it is left to the first micro-batch to compare its gradients with those expected.
+    Of one output it is left to the first pass to compare the gradients of these samples.
 
     Args:
         model: See `probe`.
         inputs: See `probe`.
         outputs: See `probe`.
         parameters: See `probe`.
-        findings: Of a model without looped parameters; they are given the outputs of these samples.
+        findings: Are given the outputs of these samples.
 
     Returns:
         The findings, or ``None`` where they do not hold.
@@ -173,29 +182,36 @@ def confirmed(
     three = inputs.pick(picked)
     with refuse_randomness(model, inputs):
         plain = outputs.columns(feeding.call(model, copies(three)), 3)
+    if graph_of(plain, parameters) != findings.graph:
+        return None
     findings.answers = dict(zip(picked, plain.detach(), strict=True))
+    findings.reused, looped = True, dict(findings.looped)
     if outputs.classes == 1:
-        findings.expected = _exact(plain[0, 0], parameters)
+        findings.before = plain
         return findings
     try:
         _guard(model, three, outputs, parameters, findings, None, plain, generator)
     except PathChangedError:
         return None
-    return None if findings.looped else findings
+    return findings if findings.looped == looped else None
 
 
 def _picked(inputs: Inputs) -> list[int]:
     return [0, inputs.samples // 2, inputs.samples - 1]
 
 
-def _first_gradients(
-    model: nn.Module, tensors: Mapping[int | str, Tensor], outputs: Outputs, parameters: Mapping[str, Tensor]
+def _gradients_of(
+    sample: int,
+    model: nn.Module,
+    tensors: Mapping[int | str, Tensor],
+    outputs: Outputs,
+    parameters: Mapping[str, Tensor],
 ) -> list[Tensor]:
-    """Gradients of the first of three samples, by autograd alone."""
+    """Gradients of one of three samples, by autograd alone."""
     columns = outputs.columns(feeding.call(model, copies(tensors)), 3)
     weights = torch.linspace(1, 2, columns.shape[1]).to(columns)
     gradients = torch.autograd.grad(
-        columns[0] @ weights, list(parameters.values()), allow_unused=True, materialize_grads=True
+        columns[sample] @ weights, list(parameters.values()), allow_unused=True, materialize_grads=True
     )
     return [gradient.to_dense() if gradient.is_sparse else gradient for gradient in gradients]
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdfast.ntk.arguments import tensors_of
+from sdfast.ntk.arguments import tensors_of, unflatten
 from sdfast.ntk.capture import ParameterMode, Seen, Step
 from sdfast.ntk.layers import Call, rule_for
 from sdfast.ntk.layers.rule import changes_first_argument
@@ -15,7 +15,9 @@ from sdfast.ntk.sample_rows import SampleAxis, agreeing, both_orders, scaled_axe
 
 # Results whose length depends on the values: whose rows those are may change from batch to batch.
 SELECTING = ("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive")
-MAY_SELECT = frozenset((*SELECTING, "where", "__getitem__"))
+# Results in an order that depends on the values, by the place of the axis among the arguments.
+ORDERING = {"sort": 1, "argsort": 1, "msort": 1, "topk": 2}
+MAY_SELECT = frozenset((*SELECTING, *ORDERING, "where", "__getitem__"))
 # Their result has the rows of their first argument, whatever is written into it.
 WRITING = (
     "masked_scatter",
@@ -29,7 +31,14 @@ WRITING = (
     "index_reduce",
 )
 # What makes numbers of Python out of values.
-READING = ("item", "tolist", "__int__", "__index__", "__float__", "__bool__", "numpy")
+READING = frozenset(
+    (
+        *("item", "tolist", "__int__", "__index__", "__float__", "__complex__", "__bool__", "numpy", "__array__"),
+        *("equal", "allclose", "is_nonzero", "__contains__", "__repr__", "__format__"),
+    )
+)
+# What makes numbers of Python out of the length of what was selected.
+MEASURING = ("__len__", "size", "numel", "nelement", "__get__")
 
 
 class Lengths(ParameterMode):
@@ -82,7 +91,11 @@ class Record(ParameterMode):
     def ran(self, seen: Seen, result: Any) -> None:
         """Follows what is selected by its values: of such rows nobody knows whose they are in the next batch."""
         if seen.name in READING:
-            self.read.append((seen.name, result.tolist() if seen.name == "numpy" else result))
+            self.read.append((seen.name, result.tolist() if seen.name in ("numpy", "__array__") else result))
+            return
+        if self.selected and seen.name in MEASURING and id(seen.flat[0]) in self.selected:
+            if isinstance(result, int | torch.Size):
+                self.read.append((seen.name, result))
             return
         if not self.selected and seen.name not in MAY_SELECT:
             return
@@ -182,7 +195,18 @@ class Record(ParameterMode):
 def _selects(seen: Seen, arguments: list[Tensor]) -> bool:
     if seen.name in SELECTING or (seen.name == "where" and len(seen.flat) == 1):
         return True
+    if seen.name in ORDERING:
+        return _orders_samples(seen)
     return seen.name == "__getitem__" and any(leaf.dtype in (torch.bool, torch.uint8) for leaf in arguments[1:])
+
+
+def _orders_samples(seen: Seen) -> bool:
+    """Whether it is along the first axis, where samples lie."""
+    positional, named = unflatten(seen.flat, seen.spec)
+    place = ORDERING[seen.name]
+    axis = named.get("dim", positional[place] if len(positional) > place else 0 if seen.name == "msort" else -1)
+    dimensions = next(leaf.dim() for leaf in seen.flat if isinstance(leaf, Tensor))
+    return dimensions < 2 or axis in (0, -dimensions)
 
 
 def _noted(tensor: Tensor, candidates: list[SampleAxis]) -> Tensor:

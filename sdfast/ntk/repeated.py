@@ -1,8 +1,9 @@
 """The Gram matrix of a model that trains, again and again on the same samples: what the probe found out is kept.
 
 How a model uses its parameters does not change when it learns. So the probe's findings serve until something changes
-that they may rest on: a module, its plain attributes, hooks or mode, a parameter or its shape, the samples. They are
-found anew at every tenth matrix all the same, and at each one of a model that reads values to choose its path.
+that they may rest on: a module, its plain attributes, hooks or mode, a parameter or its shape, the samples; each time
+they are confirmed as in `verified`. They are found anew at every tenth matrix all the same, and at each one of a model
+that reads values to choose its path.
 """
 
 from typing import Any
@@ -16,7 +17,7 @@ from sdfast.ntk.probe import Findings
 from sdfast.ntk.sample_rows import PathChangedError
 from sdfast.ntk.source import Source, select_parameters
 from sdfast.ntk.unchanged import unchanged
-from sdfast.ntk.verified import state_of
+from sdfast.ntk.verified import found_again, state_of
 
 _HELD = 2**28  # bytes that may be kept from matrix to matrix
 
@@ -54,11 +55,14 @@ class RepeatedGram:
             state = [id(x), x._version, tuple(x.shape), *state_of(model)]
             if self._findings is not None and self.reused + 1 < self.afresh and state == self._state:
                 self.reused += 1
-                try:
-                    return self._matrix(Source(model, inputs, self._outputs, parameters, None, self._findings,
-                                               keep_outputs=True, spare=self._spare), found_before=True)  # fmt: skip
-                except PathChangedError:
-                    pass  # the findings hold no longer: probed below as if for the first time
+                found = found_again(model, inputs, self._outputs, parameters, self._findings, self._outputs.classes)
+                if found is not None:
+                    try:
+                        return self._matrix(Source(model, inputs, self._outputs, parameters, None, found,
+                                                   keep_outputs=True, spare=self._spare, of_these=True),
+                                            found_before=True)  # fmt: skip
+                    except PathChangedError:
+                        pass  # the findings hold no longer: probed below as if for the first time
             self._spare = None
             self._findings, self._outputs, self._state, self.reused = None, Outputs(self.asked), state, 0
             source = Source(model, inputs, self._outputs, parameters, None, keep_outputs=True, afresh=True)

@@ -11,6 +11,7 @@ from sdfast.ntk.outputs import Outputs
 from sdfast.ntk.sample_rows import PathChangedError
 from sdfast.ntk.source import Source, loop_everything, say, select_parameters
 from sdfast.ntk.unchanged import unchanged
+from sdfast.ntk.verified import retried
 
 
 def sample_gradients(
@@ -48,13 +49,18 @@ def sample_gradients(
     first = next(iter(parameters.values()))
     with unchanged(model, first.device):
         inputs = feeding.read(x, first, "x")
-        source = Source(model, inputs, asked, parameters, batch_size)
-        try:
-            gradients = _collected(source)
-        except PathChangedError as error:
-            loop_everything(source.findings, parameters, str(error))
-            gradients = _collected(source)
-        say(source.findings)
+
+        def compute(afresh: bool) -> dict[str, Tensor]:
+            source = Source(model, inputs, asked, parameters, batch_size, afresh=afresh)
+            try:
+                gradients = _collected(source)
+            except PathChangedError as error:
+                loop_everything(source.findings, parameters, str(error))
+                gradients = _collected(source)
+            say(source.findings)
+            return gradients
+
+        gradients = retried(compute)
     if asked.form != "per_class":
         return {name: rows[:, 0] for name, rows in gradients.items()}
     return gradients

@@ -16,7 +16,7 @@ from sdfast import _checks
 from sdfast.ntk import inputs as feeding
 from sdfast.ntk import panels
 from sdfast.ntk.capture import Capture
-from sdfast.ntk.comparison import loop_what_differs
+from sdfast.ntk.confirmation import Confirmation
 from sdfast.ntk.coupling import refuse_other_answers, refuse_other_pieces
 from sdfast.ntk.inputs import Inputs
 from sdfast.ntk.outputs import Outputs
@@ -59,7 +59,8 @@ class Source:
         outputs: Which outputs.
         parameters: Those to differentiate, by name.
         batch_size: Samples of a micro-batch, or ``None``.
-        findings: Of the probe on other inputs of this model; ``None`` to probe these.
+        findings: Of this model; ``None`` to probe it.
+        of_these: Whether `findings` are of these inputs, and not of others.
         keep_outputs: Keep what the model gives for each micro-batch, for `model_output`.
         spare: Memory for one panel of gradients, which every pass may overwrite.
         afresh: Probe, whatever is known of the model.
@@ -79,14 +80,17 @@ class Source:
         keep_outputs: bool = False,
         spare: Tensor | None = None,
         afresh: bool = False,
+        of_these: bool = False,
     ) -> None:
         self.model, self.inputs, self.outputs, self.parameters = model, inputs, outputs, parameters
         self.findings: Findings = (
             findings_of(model, inputs, outputs, parameters, afresh) if findings is None else findings
         )
+        of_these = of_these or findings is None
         # What the probe saw is known of its own inputs; batch norm in training mode changes it with the batch.
-        self.answers = self.findings.answers if findings is None and not self.findings.batch_norm_trains else {}
-        self.expected = self.findings.expected if findings is None else {}
+        self.answers = self.findings.answers if of_these and not self.findings.batch_norm_trains else {}
+        before = self.findings.before if of_these else None
+        self.confirmation = None if before is None else Confirmation(before, [*self.answers], parameters)
         self.samples, self.spare, self.widest = inputs.samples, spare, 0
         self.lent: list[mmap] = []
         self.kept: dict[int, Tensor] | None = {} if keep_outputs else None
@@ -148,6 +152,8 @@ class Source:
         followed = {name: self.parameters[name] for name in [*wanted, *factored] if name not in self.findings.looped}
         looped = {name: self.parameters[name] for name in wanted if name in self.findings.looped}
         missing = {name for name in followed if name not in self.findings.unused}
+        if self.confirmation is not None:
+            self.confirmation.begin()
         for start in range(0, self.samples, self.batch_size):
             stop = min(start + self.batch_size, self.samples)
             tensors = self.inputs.rows(start, stop)
@@ -172,13 +178,17 @@ class Source:
                 rows = {} if capture is None else capture.gradients(columns[:, column].sum(), not last, into)
                 factors = {} if capture is None else dict(capture.factors)
                 missing -= rows.keys() | factors.keys()
-                if start == 0 and self.expected:
-                    self._confirm(rows, factors)
+                if self.confirmation is not None:
+                    self.confirmation.take(start, stop, rows, factors)
                 rows |= _one_by_one(columns[:, column], looped)
                 flat = {name: self._flat(name, rows.get(name), into.get(name), stop - start) for name in wanted}
                 yield Chunk(start, stop, column, flat, factors)
         if missing:
             raise PathChangedError(f"no gradient of {', '.join(sorted(missing))} came")
+        if self.confirmation is not None:
+            self.confirmation.compare()
+            if not self.confirmation.left:
+                self.confirmation = None
 
     def panel(self, width: int) -> Tensor:
         """Uninitialised rows for all samples (classes, samples, width), in the spare memory where they fit."""
@@ -207,19 +217,6 @@ class Source:
         """The outputs of samples `first` to `last` after `start` as a batch of their own."""
         rows = self.inputs.rows(start + first, start + last)
         return self.outputs.columns(feeding.call(self.model, rows), last - first)
-
-    def _confirm(self, rows: Mapping[str, Tensor], factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Compares the first sample's gradients with autograd's, where the findings are of another time."""
-        expected = {name: self.expected[name] for name in (*rows, *factors) if name not in self.findings.looped}
-        if not expected:
-            return
-        first = {name: row[:1] for name, row in rows.items()}
-        sides = {name: (a[:1], b[:1]) for name, (a, b) in factors.items()}
-        differing: dict[str, str] = {}
-        loop_what_differs(expected, first, next(iter(expected.values())).new_ones(1), differing, sides)
-        if differing:
-            name, reason = next(iter(differing.items()))
-            raise PathChangedError(f"{name} is used in another way than before: {reason}")
 
     def _check_unused(self, columns: Tensor) -> None:
         """What no output of the probe's samples depends on, none of these may depend on."""
@@ -336,7 +333,13 @@ def say(findings: Findings) -> None:
 
 
 def loop_everything(findings: Findings, parameters: Iterable[str], why: str) -> None:
-    """After a batch took another path: all parameters one sample at a time."""
+    """After a batch took another path: all parameters one sample at a time.
+
+    Raises:
+        PathChangedError: The findings are of another time: the model is to be probed first, see `verified.retried`.
+    """
+    if findings.reused:
+        raise PathChangedError(why)
     for name in parameters:
         findings.looped.setdefault(name, f"the model takes another path on some samples: {why}")
     findings.unused.clear()

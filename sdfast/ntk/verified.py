@@ -3,19 +3,19 @@
 The findings say how a model uses its parameters, not what these are. They are kept for a model all of whose modules
 hold plain attributes alone, by which a change would show, and which had nothing about it that may differ from batch to
 batch. Still they are not trusted: every time, gradients that they give for samples at hand are compared with autograd's
-on the model as it is (of a single output the first sample's in its micro-batch, of several those of three samples), the
-random generators are watched, and the outputs of three samples in their micro-batches are compared with theirs as a
-batch of their own. Where a micro-batch shows that they do not hold, all parameters are looped in it, and the next time,
-as every tenth time, all is found out anew. Nothing of a model or its samples is kept alive.
+on the model as it is (those of three samples; of a single output as the micro-batches give them), and the graph of
+their outputs with the probe's; the random generators are watched, and the outputs of the three in their micro-batches
+are compared with theirs as a batch of their own. Where a pass shows that the findings do not hold, as every tenth time,
+all is found out anew. Nothing of a model or its samples is kept alive.
 """
 
 import copy
 import dataclasses
 import types
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,13 @@ from sdfast.ntk import layers
 from sdfast.ntk.inputs import Inputs
 from sdfast.ntk.outputs import Outputs
 from sdfast.ntk.probe import Findings, confirmed, probe
+from sdfast.ntk.sample_rows import PathChangedError
 
 AFRESH = 10  # times from one probe of a model to the next
+_FEW = 3  # samples that would be compared with themselves
 _KEPT = 8  # findings of one model: for other outputs, parameters or shapes
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
+_T = TypeVar("_T")
 _OF_MODULES = frozenset(nn.Module().__dict__)
 
 
@@ -79,8 +82,8 @@ def findings_of(
     kept = known.kept.pop(key, None)
     if kept is not None and not afresh and kept.used + 1 < AFRESH:
         kept.used += 1
-        found = confirmed(model, inputs, outputs, parameters, _copy(kept.findings))
-        if found is not None and outputs.classes == kept.classes:
+        found = found_again(model, inputs, outputs, parameters, kept.findings, kept.classes)
+        if found is not None:
             known.kept[key] = kept
             return found
     findings = probe(model, inputs, outputs, parameters)
@@ -89,6 +92,54 @@ def findings_of(
             known.kept.pop(next(iter(known.kept)))  # the one not used for the longest
         known.kept[key] = _Kept(dataclasses.replace(_copy(findings), answers={}), outputs.classes)
     return findings
+
+
+def found_again(
+    model: nn.Module,
+    inputs: Inputs,
+    outputs: Outputs,
+    parameters: Mapping[str, Tensor],
+    findings: Findings,
+    classes: int,
+) -> Findings | None:
+    """A copy of findings of another time, for these inputs; ``None`` where they do not hold.
+
+    Args:
+        model: See `probe`.
+        inputs: See `probe`.
+        outputs: See `probe`.
+        parameters: See `probe`.
+        findings: They stay as they are.
+        classes: Outputs then.
+
+    Returns:
+        The copy, for a `Source` of these inputs, which goes on comparing.
+
+    Raises:
+        ValueError: The model draws random numbers.
+    """
+    if inputs.samples <= _FEW:
+        return None
+    found = confirmed(model, inputs, outputs, parameters, _copy(findings))
+    return found if outputs.classes == classes else None
+
+
+def retried(compute: Callable[[bool], _T], afresh: bool = False) -> _T:
+    """What `compute` gives; once more, with the model probed, where findings of another time turn out not to hold.
+
+    Args:
+        compute: Takes whether to probe the model whatever is known of it.
+        afresh: Do so from the start.
+
+    Returns:
+        Its result.
+    """
+    if not afresh:
+        try:
+            return compute(False)
+        except PathChangedError:
+            pass
+    return compute(True)
 
 
 def forget(model: nn.Module) -> None:
@@ -109,7 +160,7 @@ def state_of(model: nn.Module) -> list[Any]:
     for name, module in model.named_modules():
         hooks = [list(held) for key, held in module.__dict__.items() if key.endswith("_hooks")]  # by their handles
         plain = [(key, _plainly(value)) for key, value in module.__dict__.items() if _is_plain(value)]
-        state.append((name, id(module), type(module), id(_function(module.forward)), hooks, plain))
+        state.append((name, id(module), type(module), _function(module.forward), hooks, plain))
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
         own = (id(tensor), tensor.requires_grad) if isinstance(tensor, nn.Parameter) else ()
         state.append((name, tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device, *own))

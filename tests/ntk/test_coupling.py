@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -28,6 +29,14 @@ class Shared(torch.autograd.Function):
         return g + g.sum(0, keepdim=True)
 
 
+class Exchanged(Shared):
+    """Gives all samples but the first each other's gradients."""
+
+    @staticmethod
+    def backward(ctx, g):
+        return torch.cat([g[:1], g[1:].flip(0)])
+
+
 def centred(s, x):
     out = F.linear(x, s.w)
     return out + out.mean(0) - out.mean(0).detach()
@@ -47,6 +56,10 @@ COUPLED = {
     "gradients by a detached mean": (centred, "the gradient of one sample's output by w " + OTHER_SAMPLE),
     "gradients by a backward of its own": (
         lambda s, x: Shared.apply(F.linear(x, s.w)),
+        "the gradient of one sample's output by w " + OTHER_SAMPLE,
+    ),
+    "gradients of all samples but the first": (
+        lambda s, x: Exchanged.apply(F.linear(x, s.w)),
         "the gradient of one sample's output by w " + OTHER_SAMPLE,
     ),
     "place": (
@@ -167,3 +180,34 @@ def test_a_sparse_buffer_and_weights_that_a_forward_clips():
     got = gram(model, x, outputs="trace")
     assert torch.equal(model.w, before)
     assert_exact(got, gram_of(jacobian(model, x), "trace"))
+
+
+class Looking(nn.Module):
+    """Takes another path where one number of the batch is large."""
+
+    def __init__(self, look):
+        super().__init__()
+        self.layer, self.look = nn.Linear(4, 1), look
+
+    def forward(self, x):
+        return self.layer(torch.tanh(x)) * (3 if self.look(x) else 1)
+
+
+LOOKS = {
+    "torch.equal": lambda x: not torch.equal(x.clamp(max=50), x),
+    "torch.allclose": lambda x: not torch.allclose(x.clamp(max=50), x),
+    "an array": lambda x: bool((np.asarray(x) > 50).any()),
+    "in": lambda x: 77.0 in x,
+    "a length": lambda x: len(x[x > 50]) > 0,
+    "a shape": lambda x: x[x > 50].shape[0] > 0,
+    "numel": lambda x: torch.nonzero(x > 50).numel() > 0,
+}
+
+
+@pytest.mark.filterwarnings("ignore:one backward pass")
+@pytest.mark.parametrize("look", LOOKS)
+def test_whatever_makes_python_of_values_is_seen(look):
+    x = torch.randn(200, 4).double().clamp(-5, 5)
+    x[70, 0] = 77.0  # none of those that the probe looks at, and not in the same half of a micro-batch as all others
+    with pytest.raises(ValueError, match="only batch norm in training mode may couple samples"):
+        gram(Looking(LOOKS[look]).double(), x)

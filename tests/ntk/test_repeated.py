@@ -109,9 +109,40 @@ def test_a_change_that_nobody_watches_shows_in_the_path(probes):
     probes.clear()
     model.hidden[0] = True
     same(kernel, model, x)
-    assert probes == [False, True]
+    assert probes[-1] is True
     same(kernel, model, x)
     assert probes[-1] is False
+
+
+class Hidden(Switching):
+    """What it does otherwise shows in no call of torch that is seen, or in no gradient."""
+
+    def forward(self, x):
+        given = x
+        if self.hidden[0] == "coupled":
+            x = x - x.mean(0, keepdim=True)
+        x = torch.tanh(self.first(x))
+        if self.hidden[0] == "unseen":
+            with torch._C.DisableTorchFunction():
+                x = x + torch.tanh(F.linear(given, self.first.weight))
+        return self.second(x)
+
+
+@pytest.mark.parametrize("outputs", ["trace", "sum"])
+@pytest.mark.parametrize("count", [2, 3, 9])
+def test_a_change_that_nobody_watches_shows_in_the_graph_or_the_outputs(outputs, count):
+    model, x = Hidden(), torch.randn(count, 4)
+    kernel = RepeatedGram(outputs)
+    same(kernel, model, x, outputs)
+    model.hidden[0] = "unseen"
+    with pytest.warns(UserWarning, match="one backward pass"):
+        same(kernel, model, x, outputs)
+    model.hidden[0] = False
+    for _ in range(2):
+        same(kernel, model, x, outputs)
+    model.hidden[0] = "coupled"
+    with pytest.raises(ValueError, match="only batch norm in training mode may couple samples"):
+        kernel(model, x)
 
 
 class Reading(nn.Module):
