@@ -59,7 +59,7 @@ def shares_of(rows: Mapping[str, Tensor], like: Tensor, generator: torch.Generat
     Returns:
         (samples,).
     """
-    drawn = 0.5 + torch.rand(len(like), generator=generator, dtype=torch.float64)
+    drawn = 0.5 + torch.rand(len(like), generator=generator, dtype=torch.float64, device="cpu")
     if rows:
         norms = [torch.linalg.vector_norm(_flat(row), dim=1) for row in rows.values()]
         sizes = torch.stack(norms).nan_to_num(0, 0, 0).double()

@@ -113,9 +113,10 @@ def test_rademacher_bound_holds_by_simulation():
     path = self_distill(gram, y, relative_tolerance=0.1)
     kernel = path.equivalent_gram(2)
     signs = rng.choice([-1.0, 1.0], size=(4000, 12))
-    complexity = 2 / 12 * np.sqrt(np.einsum("si,ij,sj->s", signs, kernel, signs)).mean()
+    suprema = 2 / 12 * np.sqrt(np.einsum("si,ij,sj->s", signs, kernel, signs))
+    complexity, chance = suprema.mean(), 5 * suprema.std() / np.sqrt(len(signs))  # a diagonal kernel meets the bound
     bound = bounds.rademacher_complexity(path.equivalent_spectrum(2))
-    assert complexity <= bound * SLACK
+    assert complexity <= bound * SLACK + chance
     assert complexity > 0.5 * bound
 
 
