@@ -19,10 +19,16 @@ STATE = (
 )
 
 
-def far_apart(left: Tensor, right: Tensor) -> bool:
-    """Whether two tensors differ by more than other batch sizes round."""
+def far_apart(left: Tensor, right: Tensor, beside: Tensor | None = None) -> bool:
+    """Whether two tensors differ by more than other batch sizes round: a share of the largest entry, there or beside.
+
+    An output alone says too little of that: it may be a sum of large numbers that is nearly 0.
+    """
     finite = torch.nan_to_num(left, 0, 0, 0)
-    allowed = (1e-9 if left.dtype == torch.float64 else 1e-3) * finite.abs().max()
+    size = finite.abs().max()
+    if beside is not None:
+        size = torch.maximum(size, torch.nan_to_num(beside, 0, 0, 0).abs().max())
+    allowed = (1e-9 if left.dtype == torch.float64 else 1e-3) * size
     distance = (finite - torch.nan_to_num(right, 0, 0, 0)).abs()
     return bool((distance > allowed).any()) or not torch.equal(left.isfinite(), right.isfinite())
 
@@ -75,8 +81,9 @@ def refuse_other_answers(answers: Mapping[int, Tensor], columns: Tensor, start: 
     Raises:
         ValueError: They differ.
     """
+    outputs = columns.detach()
     for sample, answer in answers.items():
-        if start <= sample < start + len(columns) and far_apart(answer, columns[sample - start].detach()):
+        if start <= sample < start + len(columns) and far_apart(answer, outputs[sample - start], outputs):
             raise ValueError(
                 f"model: the output of sample {sample} is another in a batch of {len(columns)} than of 3{COUPLED}"
             )

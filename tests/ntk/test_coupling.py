@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sdfast.ntk import gram, sample_gradients
+from sdfast.ntk.coupling import refuse_other_answers
 
 from .oracle import assert_exact, gram_of, jacobian
 from .test_layers import Functional
@@ -211,3 +212,12 @@ def test_whatever_makes_python_of_values_is_seen(look):
     x[70, 0] = 77.0  # none of those that the probe looks at, and not in the same half of a micro-batch as all others
     with pytest.raises(ValueError, match="only batch norm in training mode may couple samples"):
         gram(Looking(LOOKS[look]).double(), x)
+
+
+def test_an_output_that_is_nearly_zero_is_no_coupling():
+    """A sum of large numbers is rounded by their size, whatever is left of it."""
+    columns = torch.randn(40, 1, dtype=torch.float32) + 10
+    columns[7] = 1e-4
+    refuse_other_answers({107: columns[7] + 1e-5}, columns, 100)
+    with pytest.raises(ValueError, match="the output of sample 107 is another in a batch of 40 than of 3"):
+        refuse_other_answers({107: columns[7] + 0.1}, columns, 100)
