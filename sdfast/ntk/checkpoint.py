@@ -54,7 +54,7 @@ class Checkpoint:
         if differing:
             told = "; ".join(f"{name} was {saved.get(name)} and is {self.settings[name]}" for name in differing)
             raise ValueError(f"checkpoint: {self.path} is of another run: {told}; name another file, or delete it")
-        if answers.shape != self.answers.shape or far_apart(self.answers, answers):
+        if answers.shape != self.answers.shape or far_apart(self.answers, answers, self.answers):
             raise ValueError(
                 f"checkpoint: {self.path} is of another run: the model, or the callable outputs, gave "
                 f"{answers[0, :4].tolist()} on the first sample and gives {self.answers[0, :4].tolist()}; name another "

@@ -19,17 +19,13 @@ STATE = (
 )
 
 
-def far_apart(left: Tensor, right: Tensor, beside: Tensor | None = None) -> bool:
-    """Whether two tensors differ by more than other batch sizes round: a share of the largest entry, there or beside.
+def far_apart(left: Tensor, right: Tensor, outputs: Tensor) -> bool:
+    """Whether two tensors differ by more than other batch sizes round: a share of the largest of all outputs at hand.
 
-    An output alone says too little of that: it may be a sum of large numbers that is nearly 0.
+    One alone says too little of that: it may be a sum of large numbers that is nearly 0.
     """
-    finite = torch.nan_to_num(left, 0, 0, 0)
-    size = finite.abs().max()
-    if beside is not None:
-        size = torch.maximum(size, torch.nan_to_num(beside, 0, 0, 0).abs().max())
-    allowed = (1e-9 if left.dtype == torch.float64 else 1e-3) * size
-    distance = (finite - torch.nan_to_num(right, 0, 0, 0)).abs()
+    allowed = (1e-9 if left.dtype == torch.float64 else 1e-3) * torch.nan_to_num(outputs, 0, 0, 0).abs().max()
+    distance = (torch.nan_to_num(left, 0, 0, 0) - torch.nan_to_num(right, 0, 0, 0)).abs()
     return bool((distance > allowed).any()) or not torch.equal(left.isfinite(), right.isfinite())
 
 
@@ -63,7 +59,7 @@ def refuse_places(base: Tensor, swapped: Tensor, again: Callable[[], Tensor]) ->
     Raises:
         ValueError: They differ.
     """
-    if far_apart(base[[1, 0]], swapped):
+    if far_apart(base[[1, 0]], swapped, base):
         _refuse_state(base, again)
         raise ValueError(
             f"model: the output of one sample changes with its place in the batch, or with their number{COUPLED}"
@@ -99,9 +95,9 @@ def refuse_other_pieces(columns: Tensor, piece: Callable[[int, int], Tensor]) ->
     Raises:
         ValueError: They differ.
     """
-    middle = len(columns) // 2
+    outputs, middle = columns.detach(), len(columns) // 2
     for first, last in ((0, middle), (middle, len(columns))) if middle else ():
-        if far_apart(columns[first:last].detach(), piece(first, last)):
+        if far_apart(outputs[first:last], piece(first, last), outputs):
             raise ValueError(
                 "model: it reads values of the samples to choose its path, and the output of one sample changes with "
                 f"those beside it{COUPLED}"
