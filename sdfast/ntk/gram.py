@@ -140,25 +140,23 @@ class _Run(NamedTuple):
         return made
 
 
-def gram_of(source: Source, found_before: bool) -> Tensor:
+def gram_of(source: Source) -> Tensor:
     """H of one source with the defaults of `gram`, inside `unchanged`.
 
     Args:
         source: Where the gradients come from.
-        found_before: Its findings are of another state of the model: where a batch takes another path than they say,
-            nothing is done about it here.
 
     Returns:
         H.
 
     Raises:
-        PathChangedError: A batch took another path, and `found_before`.
+        PathChangedError: A batch took another path than findings of another time say.
     """
     first = next(iter(source.parameters.values()))
     precision = check_precision(None, first)
     run = _Run(source, source, precision, check_memory(None), None, None, Shards(None, first.device))
     result = Result(source.outputs, source.samples, source.samples, precision, first.device, symmetric=True, out=None)
-    (_fill if found_before else _fill_or_loop)(result, run, None, False)
+    _fill_or_loop(result, run, None, False)
     say(source.findings)
     return result.finished()
 

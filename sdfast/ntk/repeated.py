@@ -58,29 +58,29 @@ class RepeatedGram:
                 found = found_again(model, inputs, self._outputs, parameters, self._findings, self._outputs.classes)
                 if found is not None:
                     try:
-                        return self._matrix(Source(model, inputs, self._outputs, parameters, None, found,
-                                                   keep_outputs=True, spare=self._spare, of_these=True),
-                                            found_before=True)  # fmt: skip
+                        return _matrix(Source(model, inputs, self._outputs, parameters, None, found,
+                                              keep_outputs=True, spare=self._spare, of_these=True))  # fmt: skip
                     except PathChangedError:
                         pass  # the findings hold no longer: probed below as if for the first time
             self._spare = None
             self._findings, self._outputs, self._state, self.reused = None, Outputs(self.asked), state, 0
             source = Source(model, inputs, self._outputs, parameters, None, keep_outputs=True, afresh=True)
-            result = self._matrix(source, found_before=False)
+            result = _matrix(source)
             found = source.findings
             if not (found.reads or found.all_looped or found.batch_norm_trains):
                 self._findings, self._spare = found, self._memory(source)
         return result
 
     @staticmethod
-    def _matrix(source: Source, found_before: bool) -> tuple[Tensor, Tensor]:
-        return gram_of(source, found_before), source.model_output()
-
-    @staticmethod
     def _memory(source: Source) -> Tensor | None:
         """For the panel of the next time, where that is not too much to hold while a model trains.
 
-        Memory fresh from the system costs more than the gradients that are written to it.
+        Memory fresh from the system costs more than the gradients that are written to it, and what the system may take
+        back (see `panels`) still costs a fault a page.
         """
         first = next(iter(source.parameters.values()))
         return first.new_empty(source.widest) if source.widest * first.element_size() <= _HELD else None
+
+
+def _matrix(source: Source) -> tuple[Tensor, Tensor]:
+    return gram_of(source), source.model_output()
