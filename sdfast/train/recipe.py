@@ -19,7 +19,7 @@ from sdfast.train.self_distiller import SelfDistiller
 __all__ = ["Recipe"]
 
 SCHEDULES = ("cosine", "constant")
-FUSED_ON = ("cpu", "cuda")  # where torch has SGD as one kernel: a third of the time of its loop over small tensors
+FUSED_ON = ("cpu", "cuda")  # where torch has SGD as one kernel, not a loop over small tensors
 
 
 @dataclass(frozen=True)
