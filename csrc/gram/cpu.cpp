@@ -31,12 +31,29 @@ void add_product(Tensor total, Tensor product, std::optional<Tensor> factor, std
     wide ? add_all<double, float>(total, product, factor, last) : add_all<float, float>(total, product, factor, last);
 }
 
-void add_own_triangle(Tensor total, Tensor rows) {
-  const bool wide = total.scalar_type() == ScalarType::Double;
-  if (rows.scalar_type() == ScalarType::Double)
-    add_triangle<double, double>(total, rows);
+template <class To, class T>
+void add_product_of(Tensor& total, const Tensor& left, const std::optional<Tensor>& right) {
+  if (!right && left.size(0) <= kFewRows)
+    add_triangle<To, T>(total, left);
   else
-    wide ? add_triangle<double, float>(total, rows) : add_triangle<float, float>(total, rows);
+    add_tiles<To, T>(total, left, right);
+}
+
+void add_products(Tensor total, Tensor left, std::optional<Tensor> right) {
+  const bool wide = total.scalar_type() == ScalarType::Double;
+  if (left.scalar_type() == ScalarType::Double)
+    add_product_of<double, double>(total, left, right);
+  else
+    wide ? add_product_of<double, float>(total, left, right) : add_product_of<float, float>(total, left, right);
+}
+
+void add_factor_products(Tensor total, Tensor a, Tensor b, OptionalTensor other_a, OptionalTensor other_b, bool bias) {
+  const bool wide = total.scalar_type() == ScalarType::Double;
+  if (a.scalar_type() == ScalarType::Double)
+    add_factor_tiles<double, double>(total, a, b, other_a, other_b, bias);
+  else
+    wide ? add_factor_tiles<double, float>(total, a, b, other_a, other_b, bias)
+         : add_factor_tiles<float, float>(total, a, b, other_a, other_b, bias);
 }
 
 }  // namespace
@@ -44,5 +61,6 @@ void add_own_triangle(Tensor total, Tensor rows) {
 
 STABLE_TORCH_LIBRARY_IMPL(sdfast, CPU, m) {
   m.impl("_gram_add", TORCH_BOX(&sdfast::gram::add_product));
-  m.impl("_gram_triangle", TORCH_BOX(&sdfast::gram::add_own_triangle));
+  m.impl("_gram_rows", TORCH_BOX(&sdfast::gram::add_products));
+  m.impl("_gram_factors", TORCH_BOX(&sdfast::gram::add_factor_products));
 }

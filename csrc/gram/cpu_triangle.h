@@ -7,47 +7,43 @@
 
 #include <vector>
 
-#include "../sample_gradients/cpu_multiply.h"
-#include "../sample_gradients/cpu_pack.h"
-#include "cpu_add.h"
+#include "cpu_tiles.h"
 
 namespace sdfast::gram {
 
-constexpr int64_t kColumns = 128;    // that are turned at once: a strip of them stays in the first cache
+constexpr int64_t kFewRows = 256;    // of a triangle: beyond, tiles of it are shared out
 constexpr int64_t kPromoted = 1024;  // terms of a sum in the dtype of X
-constexpr int64_t kStrip = 32;       // columns of the triangle that are computed together
 
-// Entries from one row of the triangle to the next: whole cache lines, an odd number of them, so that rows do not crowd
-// into a few sets of the cache.
+// The next columns of some rows at each call, into the second cache: short pieces, which no prefetcher foresees.
 template <class T>
-int64_t pitch_of(int64_t rows) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  return ((rows + kStrip - 1) / kStrip * kStrip / kLine | 1) * kLine;
-}
+struct RowsAhead {
+  const T* x;
+  int64_t stride, rows, columns, share;
+  int64_t row = 0;
 
-// Into the second cache, while what came before is multiplied: short pieces of many rows, which no prefetcher foresees.
-template <class T>
-void fetch(const T* x, int64_t stride, int64_t rows, int64_t count) {
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t k = 0; k < count; k += 64 / sizeof(T)) __builtin_prefetch(x + i * stride + k, 0, 2);
-}
+  void fetch() {
+    for (const int64_t last = std::min(rows, row + share); row < last; ++row)
+      for (int64_t k = 0; k < columns; k += 64 / sizeof(T)) __builtin_prefetch(x + row * stride + k, 0, 2);
+  }
+};
 
 // total[i, j] += Σ_k x[i, k] x[j, k] for j <= i and the columns from `begin` to `end`.
 template <class T>
 void sum_columns(const T* x, int64_t stride, int64_t rows, int64_t begin, int64_t end, double* total) {
-  using sample_gradients::Buffer;
-  const int64_t pitch = pitch_of<T>(rows), offset = 0;
-  const Buffer<T> turned(kColumns * pitch), sums(rows * pitch);
+  Panels<T> panels(rows);
+  const int64_t pitch =
+      panels.count() * panels.lanes() + panels.lanes();  // rows do not crowd into a few sets of a cache
+  const sample_gradients::Buffer<T> sums(panels.count() * panels.lanes() * pitch);
   for (int64_t part = begin; part < end; part += kPromoted) {
     const int64_t last = std::min(part + kPromoted, end);
     for (int64_t first = part; first < last; first += kColumns) {
       const int64_t count = std::min(kColumns, last - first);
-      sample_gradients::transpose(turned.get(), pitch, x + first, stride, count, rows);
-      if (first + count < end) fetch(x + first + count, stride, rows, std::min(kColumns, end - first - count));
-      const sample_gradients::Lines lines = {&offset, &offset, 0, 1, count, pitch, pitch};
-      for (int64_t j = 0; j < rows; j += kStrip)
-        sample_gradients::multiply_all(turned.get() + j, rows - j, turned.get() + j, std::min(kStrip, rows - j), lines,
-                                       sums.get() + j * pitch + j, pitch, first > part);
+      for (int64_t panel = 0; panel < panels.count(); ++panel)
+        panels.turn(panel, x + panel * panels.lanes() * stride + first, stride, count);
+      const int64_t products = panels.count() * (panels.count() + kTogether) / kTogether;
+      RowsAhead<T> ahead = {x + first + count, stride, rows, std::min(kColumns, end - first - count),
+                            rows / products + 1};
+      multiply_strip(panels, panels, true, count, sums.get(), pitch, first > part, [&] { ahead.fetch(); });
     }
     for (int64_t i = 0; i < rows; ++i) add_row<double, T>(total + i * rows, sums.get() + i * pitch, nullptr, i + 1);
   }

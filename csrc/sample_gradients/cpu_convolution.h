@@ -146,7 +146,11 @@ class DenseGroups {
         if (first >= last) continue;
         task.fetch(input + sample * input_.sample + group * geometry_.inputs * input_.channel,
                    gradient + sample * given_.sample + group * geometry_.outputs * given_.channel);
+        const bool next = geometry_.groups == 1 && i + 1 < end && sample + 1 < geometry_.samples && first == 0;
         T* to = out + sample * out_stride + group * geometry_.outputs * geometry_.inputs * geometry_.taps();
+        task.foresee(to + first * geometry_.inputs * geometry_.taps(), last - first,
+                     next ? input + (sample + 1) * input_.sample : nullptr,
+                     next ? gradient + (sample + 1) * given_.sample : nullptr);
         for (int64_t o = first; o < last; o += block_) task.outputs(o, std::min(last, o + block_), to, add);
       }
     });
@@ -163,6 +167,7 @@ class DenseGroups {
     std::vector<int64_t> run_offsets, tap_offsets;
     Buffer<T> input, packed, tile;
     const T* gradient = nullptr;
+    Ahead ahead;
 
     explicit Task(const DenseGroups& groups)
         : all(groups),
@@ -190,6 +195,21 @@ class DenseGroups {
       if (!all.direct_) pack(packed.get(), gradient_frame(g, g.outputs, g.outputs), given, all.given_, g.out);
     }
 
+    // What will be written of this sample, and what will be read of the next one where its numbers lie side by side.
+    void foresee(const T* to, int64_t outputs, const T* from, const T* given) {
+      const Geometry& g = all.geometry_;
+      const int64_t inputs = g.rows * g.inputs * g.in[0] * g.in[1] * g.in[2], results = g.positions() * g.outputs;
+      ahead = {};
+      ahead.write(to, outputs * g.inputs * g.taps());
+      if (from && all.input_.sample == inputs && all.given_.sample == results) {
+        ahead.read(from, inputs);
+        ahead.read(given, results);
+      }
+      const int64_t vectors = all.outputs_are_vectors_ ? outputs : all.run_;
+      const int64_t scalars = all.outputs_are_vectors_ ? all.run_ : outputs;
+      ahead.share_out(g.lines() * all.runs_ * ((vectors + 3 * kWhole - 1) / (3 * kWhole)) * ((scalars + 7) / 8));
+    }
+
     int64_t tap_step() const {
       const int64_t step = tap_offsets.size() > 1 ? tap_offsets[1] - tap_offsets[0] : 0;
       for (size_t tap = 1; tap < tap_offsets.size(); ++tap)
@@ -205,14 +225,13 @@ class DenseGroups {
         for (int64_t r = 0; r < all.runs_; ++r) {
           const T* run = input.get() + block.column * input_step + run_offsets[r];
           if (all.outputs_are_vectors_) {
-            const Lines lines = {
-                offsets.input.data(), offsets.gradient.data(), block.begin, block.end, block.columns, input_step,
-                gradient_step};
+            const Lines lines = {offsets.input.data(), offsets.gradient.data(), block.begin, block.end, block.columns,
+                                 input_step,           gradient_step,           &ahead};
             multiply_all(run, all.run_, given, last - first, lines, tile.get() + r * all.run_ * all.pitch_, all.pitch_,
                          !block.first());
           } else {
             const Lines lines = {offsets.gradient.data(), offsets.input.data(), block.begin, block.end,
-                                 block.columns,           gradient_step,        input_step};
+                                 block.columns,           gradient_step,        input_step,  &ahead};
             multiply_all(given, last - first, run, all.run_, lines, tile.get() + r * whole(all.run_), all.pitch_,
                          !block.first());
           }

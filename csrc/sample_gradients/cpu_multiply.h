@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "../common/ahead.h"
 #include "../common/vec.h"
 
 // One body for the widest vectors: taken where the processor has them, by `wide_vectors`.
@@ -34,6 +35,7 @@ struct Vector {
 struct Lines {
   const int64_t *scalars, *vectors;
   int64_t begin, end, columns, scalar_step, vector_step;
+  Ahead* ahead = nullptr;  // what to fetch meanwhile
 };
 
 // out[j, v] (+)= Σ_t scalars[t + j] · vectors[t + v], j < kJ, v < kV vectors
@@ -47,6 +49,7 @@ SDFAST_INLINE void multiply(const T* scalars, const T* vectors, const Lines& lin
 #pragma GCC unroll 3
     for (int v = 0; v < kV; ++v) sums[j][v] = Lanes{};
   for (int64_t line = lines.begin; line < lines.end; ++line) {
+    if (lines.ahead) lines.ahead->fetch();
     const T* s = scalars + lines.scalars[line];
     const T* from = vectors + lines.vectors[line];
     for (int64_t x = 0; x < lines.columns; ++x) {

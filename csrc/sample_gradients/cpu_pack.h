@@ -2,6 +2,7 @@
 #pragma once
 
 #include <new>
+#include <utility>
 
 #include "../common/rows.h"
 #include "kernel.h"
@@ -25,6 +26,30 @@ class Buffer {
   T* data_;
 };
 
+// Of two rows that are kDistance apart, the blocks off the diagonal change places. The masks are constants: computed,
+// they would take longer than the exchange.
+template <class T, int kDistance, int... kLane>
+SDFAST_INLINE void exchange(vec::Lanes<T>& first, vec::Lanes<T>& second, std::integer_sequence<int, kLane...>) {
+  constexpr int kWidth = vec::kLanes<T>;
+  const vec::Mask<T> low = {(kLane & kDistance ? kWidth + kLane - kDistance : kLane)...};
+  const vec::Mask<T> high = {(kLane & kDistance ? kWidth + kLane : kLane + kDistance)...};
+  const vec::Lanes<T> before = first;
+  first = __builtin_shuffle(before, second, low);
+  second = __builtin_shuffle(before, second, high);
+}
+
+template <class T, int kDistance = 1>
+SDFAST_INLINE void exchange_all(vec::Lanes<T>* rows) {
+  constexpr int kWidth = vec::kLanes<T>;
+  if constexpr (kDistance < kWidth) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kWidth; ++i)
+      if (!(i & kDistance))
+        exchange<T, kDistance>(rows[i], rows[i + kDistance], std::make_integer_sequence<int, kWidth>());
+    exchange_all<T, 2 * kDistance>(rows);
+  }
+}
+
 // A square of lanes turned over its diagonal.
 template <class T>
 SDFAST_INLINE void transpose_square(T* to, int64_t pitch, const T* from, int64_t from_pitch) {
@@ -32,21 +57,7 @@ SDFAST_INLINE void transpose_square(T* to, int64_t pitch, const T* from, int64_t
   vec::Lanes<T> rows[kWidth];
 #pragma GCC unroll 8
   for (int i = 0; i < kWidth; ++i) rows[i] = vec::load(from + i * from_pitch);
-#pragma GCC unroll 3
-  for (int distance = 1; distance < kWidth; distance *= 2) {
-    vec::Mask<T> low, high;  // of two rows, `distance` apart: exchanges the blocks off the diagonal
-    for (int j = 0; j < kWidth; ++j) {
-      low[j] = j & distance ? kWidth + j - distance : j;
-      high[j] = j & distance ? kWidth + j : j + distance;
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < kWidth; ++i) {
-      if (i & distance) continue;
-      const vec::Lanes<T> first = rows[i], second = rows[i + distance];
-      rows[i] = __builtin_shuffle(first, second, low);
-      rows[i + distance] = __builtin_shuffle(first, second, high);
-    }
-  }
+  exchange_all<T>(rows);
 #pragma GCC unroll 8
   for (int i = 0; i < kWidth; ++i) vec::store(to + i * pitch, rows[i]);
 }

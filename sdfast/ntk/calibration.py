@@ -105,7 +105,7 @@ def _seconds_of_pass(source: Source, group: Group, device: torch.device) -> floa
 def _seconds_of_tiles(plan: Plan, group: Group, source: Source, device: torch.device) -> float:
     """Of all tiles: one on the diagonal and one off it are timed, where there are both."""
     kinds: dict[tuple[int, int, bool], int] = {}
-    for rows, columns in tiles_of(*plan.samples, plan.symmetric):
+    for rows, columns in tiles_of(*plan.samples, plan.symmetric, plan.form):
         kind = (rows.stop - rows.start, columns.stop - columns.start, plan.symmetric and rows == columns)
         kinds[kind] = kinds.get(kind, 0) + 1
     like = next(iter(source.parameters.values())).detach()
@@ -124,7 +124,7 @@ def _seconds_of_tiles(plan: Plan, group: Group, source: Source, device: torch.de
 
 def _seconds_of_stream(plan: Plan, entries: Sequence[Entry], like: Tensor) -> float:
     """Of all tiles and the gradients that are formed for them, from the first columns of each kind of layer."""
-    tiles = list(tiles_of(*plan.samples, plan.symmetric))
+    tiles = list(tiles_of(*plan.samples, plan.symmetric, plan.form))
     measured: dict[tuple[tuple[int, ...], tuple[int, int, int]], float] = {}
     total = 0.0
     for entry in entries:

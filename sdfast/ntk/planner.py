@@ -132,7 +132,7 @@ def _tiles_bytes(left: Source, right: Source) -> int:
     """Of all tiles of H in float64, which streamed parameters add to side by side."""
     area = sum(
         (rows.stop - rows.start) * (columns.stop - columns.start)
-        for rows, columns in tiles_of(left.samples, right.samples, right is left)
+        for rows, columns in tiles_of(left.samples, right.samples, right is left, left.outputs.form)
     )
     blocks = {"full": left.classes**2, "per_class": left.classes}.get(left.outputs.form, 1)
     return 8 * area * blocks
@@ -151,7 +151,7 @@ def _held(made: Plan, column: int) -> int:
 def _fill_costs(made: Plan, source: Source) -> None:
     tiles = [
         (rows.stop - rows.start, columns.stop - columns.start, rows == columns)
-        for rows, columns in tiles_of(*made.samples, made.symmetric)
+        for rows, columns in tiles_of(*made.samples, made.symmetric, made.form)
     ]
     costs.count(made, source.findings.work, _forward_flops(source), tiles)
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from sdfast import _checks
 from sdfast.ntk.outputs import Outputs
 
-LEAST_ROWS = 512  # of a tile: smaller products are slower
+LEAST_ROWS = 1024  # of a tile: smaller products are slower
+LEAST_OF_BLOCKS = 512  # where a tile is one for each output, or pair of them, and all of them in float64
 
 
 class Result:
@@ -56,7 +57,7 @@ class Result:
 
     def tiles(self) -> Iterator[tuple[slice, slice]]:
         """Rows and columns of the tiles to fill."""
-        return tiles_of(self.rows, self.columns, self.symmetric)
+        return tiles_of(self.rows, self.columns, self.symmetric, self.outputs.form)
 
     def add(self, rows: slice, columns: slice, tile: Tensor) -> None:
         """Adds a float64 tile (..., rows, columns)."""
@@ -90,9 +91,10 @@ class Result:
             tile.copy_(tile.tril() + tile.tril(-1).mT)
 
 
-def tiles_of(rows: int, columns: int, symmetric: bool) -> Iterator[tuple[slice, slice]]:
-    """Rows and columns of every tile of a matrix, of a symmetric one on and below the diagonal."""
-    size = min(2048, max(LEAST_ROWS, -(-max(rows, columns) // 4)))
+def tiles_of(rows: int, columns: int, symmetric: bool, form: str) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of every tile of a matrix of this form, of a symmetric one on and below the diagonal."""
+    least = LEAST_OF_BLOCKS if form in ("full", "per_class") else LEAST_ROWS
+    size = min(2048, max(least, -(-max(rows, columns) // 4)))
     for top in range(0, rows, size):
         end = min(top + size, rows)
         for left in range(0, top + 1 if symmetric else columns, size):

@@ -53,6 +53,7 @@ def test_layer_by_output_by_precision(name, outputs, precision):
 @pytest.mark.parametrize("outputs", ["sum", "per_class", "full"])
 def test_many_tiles_are_symmetric_repeatable_and_positive(outputs, monkeypatch):
     monkeypatch.setattr("sdfast.ntk.result.LEAST_ROWS", 64)
+    monkeypatch.setattr("sdfast.ntk.result.LEAST_OF_BLOCKS", 64)
     model, x = zoo.mlp(), torch.randn(301, 4)  # tiles of 76 rows, the last of them ragged
     first = gram(model, x, outputs=outputs, batch_size=50, memory=400_000)
     assert torch.equal(first, gram(model, x, outputs=outputs, batch_size=50, memory=400_000))

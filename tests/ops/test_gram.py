@@ -72,6 +72,71 @@ def test_long_triangles(backend, dtype):
             assert (total[:, rows:] == 2).all()
 
 
+def in_threads(compute):
+    """The result of 1, 2 and 3 threads, which has to have the same bits."""
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(compute())
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results)
+    return results[0]
+
+
+@pytest.mark.skipif("cpu" not in backends(), reason="the native library is not there")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [257, 305, 600])
+def test_tiles_that_threads_share(rows, dtype):
+    """Beyond the rows of one band, triangles and rectangles, columns around every piece, in rows far apart."""
+    name = str(dtype).removeprefix("torch.")
+    for width in (1, 127, 129, TERMS + 130):
+        held = torch.randn(rows, width + 5, dtype=torch.float64).to(dtype)
+        left, right = held[:, 2 : 2 + width], torch.randn(64 + width % 100, width, dtype=torch.float64).to(dtype)
+        for other in (left, right):
+            triangle = other is left
+            exact = product_reference(left, other, name)
+
+            def compute(left=left, other=other, triangle=triangle):
+                total = torch.full((len(left), len(other) + 3), 2.0, dtype=torch.float64)
+                add_gram(total[:, :-3], left, None if triangle else other, precision=name, backend="cpu")
+                return total
+
+            total = in_threads(compute)
+            assert (total[:, -3:] == 2).all()
+            if triangle:
+                exact = exact.tril()
+                assert (total[:, :-3].triu(1) == torch.full_like(exact, 2.0).triu(1)).all()
+                total = total[:, :-3].tril() - 2 * torch.ones_like(exact).tril()
+            else:
+                total = total[:, :-3] - 2
+            scale = 2 + left.double().norm(dim=1)[:, None] * other.double().norm(dim=1)
+            assert_close(total, exact, scale, name, width)
+
+
+@pytest.mark.skipif("cpu" not in backends(), reason="the native library is not there")
+@pytest.mark.parametrize(
+    ("rows", "triangle"), [(0, True), (1, True), (70, True), (70, False), (400, True), (400, False)]
+)
+def test_tiles_of_factors_that_threads_share(rows, triangle):
+    splits = [(TERMS, 3), (5, 130)]
+    a, b = (torch.randn(rows, sum(pair[place] for pair in splits)) for place in (0, 1))
+    right = None if triangle else tuple(torch.randn(77, side.shape[1]) for side in (a, b))
+    other = (a, b) if triangle else right
+    exact = hadamard_reference((a, b), other, splits, "float32")
+    exact += product_reference(b[:, 3:], other[1][:, 3:], "float32")  # the bias of the second
+
+    def compute():
+        total = torch.zeros(rows, len(other[0]), dtype=torch.float64)
+        return add_hadamard_gram(total, (a, b), right, splits=splits, biases=[False, True], backend="cpu")
+
+    total, exact = in_threads(compute), exact.tril() if triangle else exact
+    assert (total - exact).norm() <= 4e-6 * exact.norm()
+    assert not triangle or not total.triu(1).any()
+
+
 @pytest.mark.parametrize("backend", backends(without=("cuda",)))
 @pytest.mark.parametrize("special", [torch.nan, torch.inf])
 def test_what_is_not_finite_stays_in_its_rows(backend, special):

@@ -66,6 +66,30 @@ def test_one_output_and_real_targets():
         assert trained.look(model).given != record.given
 
 
+def test_three_hundred_looks_at_outputs_that_cancel():
+    """Sums of the outputs are rounded by the outputs' size: near 0, as here at all times, they couple no samples."""
+    x, sign = torch.randn(40, 6), torch.randn(40, 1).sign()
+    model = torch.nn.Sequential(torch.nn.Linear(6, 48), torch.nn.Tanh(), torch.nn.Linear(48, 48), torch.nn.Tanh(),
+                                torch.nn.Linear(48, 2))  # fmt: skip
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    probe = InformationProbe(x, torch.cat([sign, -sign], 1), k=3)
+    crossed = torch.zeros(40, dtype=torch.bool)
+    for step in range(300):
+        targets = 10 * torch.cos(torch.tensor(step / 20)) * probe.labels
+        optimizer.zero_grad()
+        before = model(x)
+        F.mse_loss(before, targets).backward()
+        optimizer.step()
+        with torch.no_grad():
+            crossed |= (model(x) * before).min(1).values < 0
+        probe(model)
+        if step % 60 == 59:
+            fresh = eigenspace(gram(model, x, outputs="trace"), 3)
+            assert torch.allclose(probe.space.values, fresh.values, rtol=1e-5)
+    assert len(probe.records) == 300
+    assert crossed.all()
+
+
 def test_it_refines_labels_as_the_trainer_does():
     """The loss of the refined labels as plain targets is the loss that trains."""
     model, x = mlp(1).eval(), torch.randn(30, 6)

@@ -1,6 +1,6 @@
-"""The CPU backend: a kernel of its own for triangles of few rows, and torch's BLAS panel by panel for all others.
+"""The CPU backend: kernels of our own for operands that are multiplied as they are, torch's BLAS for all others.
 
-Each panel, of at most `TERMS` terms, is added to the total by one sweep.
+A panel of the BLAS, of at most `TERMS` terms, is added to the total by one sweep.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from sdfast.ops.gram import op
 from sdfast.ops.gram.precision import PAIRS, TERMS, terms
 
 _PANELS = 8  # of the rows of a triangle: 9/16 of the square is computed
+_TURNED = 2**25  # entries of both factors of a side that our kernel turns at once
 _LEAST_ROWS = 64  # below which a product is slower than what it saves
-_OWN_ROWS = 512  # of a triangle: beyond, a BLAS that computes more of the square is as fast
 
 
 def panels(rows: int, columns: int, triangle: bool) -> list[tuple[int, int, int]]:
@@ -33,11 +33,18 @@ def _sum(total: Tensor, left: Sequence[Tensor], right: Sequence[Tensor], precisi
     return total
 
 
+def _own(left: Tensor, right: Tensor, precision: str, triangle: bool) -> bool:
+    """Whether the kernels of our own serve: operands are multiplied as they are, and none has few rows."""
+    sides = (left,) if triangle else (left, right)
+    return all(
+        str(side.dtype) == f"torch.{precision}" and (side.stride(1) == 1 or side.shape[1] <= 1) for side in sides
+    ) and (triangle or min(map(len, sides)) >= _LEAST_ROWS)
+
+
 def add_product(total: Tensor, left: Tensor, right: Tensor, precision: str, triangle: bool) -> None:
     """Adds left @ right.T, of a triangle what lies on and below the diagonal."""
-    whole = str(left.dtype) == f"torch.{precision}" and (left.stride(1) == 1 or left.shape[1] <= 1)
-    if triangle and whole and len(left) <= _OWN_ROWS:  # of operands that are multiplied as they are
-        op.triangle(total, left)
+    if _own(left, right, precision, triangle):
+        op.rows(total, left, None if triangle else right)
         return
     scratch = None
     step = max(1, left.shape[1]) if precision == "float64" else TERMS  # in float64 there is nothing to promote to
@@ -62,18 +69,36 @@ def add_hadamard(
     precision: str,
     triangle: bool,
 ) -> None:
-    """Adds Σ_l (A_l A'_lᵀ + bias_l) ∘ (B_l B'_lᵀ) by panels; both factors of a panel, never more, are held."""
+    """Adds Σ_l (A_l A'_lᵀ + bias_l) ∘ (B_l B'_lᵀ)."""
+    a = b = 0
+    for (width, outputs), bias in zip(splits, biased, strict=True):
+        sides = [(one[0][:, a : a + width], one[1][:, b : b + outputs]) for one in (left, right)]
+        _add_layer(total, sides[0], sides[1], bias, precision, triangle)
+        a, b = a + width, b + outputs
+
+
+def _add_layer(
+    total: Tensor,
+    left: tuple[Tensor, Tensor],
+    right: tuple[Tensor, Tensor],
+    bias: bool,
+    precision: str,
+    triangle: bool,
+) -> None:
+    """One layer; by panels both factors of a panel, never more, are held."""
+    widths = [side.shape[1] for side in left]
+    few = max(widths) <= TERMS and sum(widths) * max(len(left[0]), len(right[0])) <= _TURNED
+    if few and all(_own(side, other, precision, triangle) for side, other in zip(left, right, strict=True)):
+        op.factors(total, *left, *((None, None) if triangle else right), bias)
+        return
     for first, last, columns in panels(len(left[0]), len(right[0]), triangle):
-        a = b = 0
-        for (width, outputs), bias in zip(splits, biased, strict=True):
-            factors = []
-            for side, at, size, one in ((0, a, width, bias), (1, b, outputs, False)):
-                rows, others = left[side][first:last, at : at + size], right[side][:columns, at : at + size]
-                factors.append(_promoted(rows, others, precision, one))
-            if factors[0].dtype != factors[1].dtype:  # one of them was long enough to be promoted
-                factors = [factor.double() for factor in factors]
-            op.add(total[first:last, :columns], *factors, first if triangle else None)
-            a, b = a + width, b + outputs
+        factors = [
+            _promoted(side[first:last], other[:columns], precision, one)
+            for side, other, one in zip(left, right, (bias, False), strict=True)
+        ]
+        if factors[0].dtype != factors[1].dtype:  # one of them was long enough to be promoted
+            factors = [factor.double() for factor in factors]
+        op.add(total[first:last, :columns], *factors, first if triangle else None)
 
 
 def _promoted(left: Tensor, right: Tensor, precision: str, one: bool) -> Tensor:
