@@ -2,8 +2,9 @@
 
 import copy
 import functools
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -71,35 +72,41 @@ def predict(plan: Plan, left: Source, right: Source) -> Seconds:
     chosen = plan.groups[::step] if len(plan.groups) > _GROUPS else plan.groups
     if not chosen:
         return Seconds(probing, 0.0, 0.0)
-    sources = list(dict.fromkeys((left, right)))
-    for source in sources:  # so that memory fresh from the system is not taken for the speed of the passes
-        _seconds_of_pass(source, chosen[0], device)
-    passes = [sum(_seconds_of_pass(source, group, device) for source in sources) for group in chosen]
+    passes = [
+        sum(_seconds_of_pass(source, group, number == 0, device) for source in dict.fromkeys((left, right)))
+        for number, group in enumerate(chosen)
+    ]
     tiles = [_seconds_of_tiles(plan, group, left, device) for group in chosen]
     scale = len(plan.groups) / len(chosen)
     return Seconds(probing, scale * sum(passes), scale * sum(tiles))
 
 
-def _seconds_of_pass(source: Source, group: Group, device: torch.device) -> float:
-    """Of all samples, from the second of two micro-batches; of a single one, from its second run."""
+def _seconds_of_pass(source: Source, group: Group, fresh: bool, device: torch.device) -> float:
+    """Of all samples: the median of two micro-batches, of a source seen for the first time of three but the first.
+
+    Memory fresh from the system is not to be taken for the speed of the passes, nor what else ran for a moment.
+    """
     few = copy.copy(source)
     few.samples = min(source.samples, 2 * source.batch_size)
-    single = few.samples <= source.batch_size
-    seconds = 0.0
-    for _ in range(2 if single else 1):
-        started, before = time.perf_counter(), 0
-        for number, step in enumerate(collect(few, group), 1):
-            if isinstance(step, Block):
-                break
-            if number % source.classes:
-                continue
-            synchronise(device)
-            now = time.perf_counter()
-            seconds, started = (now - started) / (step - before), now
-            before = step
-            if step == few.samples:
-                break  # what a pass must have seen by its end, two micro-batches need not show
-    return seconds * source.samples
+    runs = (2 if fresh else 1) * (2 if few.samples <= source.batch_size else 1)
+    timed = [seconds for _ in range(runs) for seconds in _seconds_of_micro_batches(few, group, device)]
+    return statistics.median(timed[fresh:]) * source.samples
+
+
+def _seconds_of_micro_batches(source: Source, group: Group, device: torch.device) -> Iterator[float]:
+    """Of one sample, by each micro-batch in turn."""
+    started, before = time.perf_counter(), 0
+    for number, step in enumerate(collect(source, group), 1):
+        if isinstance(step, Block):
+            return
+        if number % source.classes:
+            continue
+        synchronise(device)
+        now = time.perf_counter()
+        yield (now - started) / (step - before)
+        started, before = now, step
+        if step == source.samples:
+            return  # what a pass must have seen by its end, two micro-batches need not show
 
 
 def _seconds_of_tiles(plan: Plan, group: Group, source: Source, device: torch.device) -> float:
