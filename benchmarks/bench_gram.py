@@ -70,10 +70,8 @@ NETWORK_NAMES = {
 if importlib.util.find_spec("nngeometry"):  # it knows these networks' layers; of the sum of the outputs, in one batch
     for _group in ("ResNet-20 n=128", "MLP 784-2048-2048-10 n=1000"):
         NETWORK_NAMES[_group] = (*NETWORK_NAMES[_group], "nngeometry")
-SLOW = ("ViT-tiny n=128", "ResNet-20 n=1000")  # rows of many seconds: three turns
 if ON_GPU:
     NETWORK_NAMES = {}
-QUICK = tuple(group for group in NETWORK_NAMES if group not in SLOW)
 COLUMNS = 2
 
 
@@ -188,24 +186,16 @@ def prepare_network(group, name):
     return Case(step, floor_flops=plan.flops if name == "sdfast" else 0, rounds=1, about=about)
 
 
-def network_cases(groups, turns):
-    """Every row of a group in one turn before any in the next."""
-    cases = [
-        pytest.param(group, turn, name, id=f"{group} {name} #{turn}")
-        for group in groups
-        for turn in range(turns)
-        for name in NETWORK_NAMES[group]
-    ]
-    return pytest.mark.parametrize(("group", "turn", "name"), cases)
+NETWORK_CASES = [
+    pytest.param(group, turn, name, id=f"{group} {name} #{turn}")
+    for group, names in NETWORK_NAMES.items()
+    for turn in range(TURNS)  # every row of a group in one turn before any in the next
+    for name in names
+]
 
 
-@network_cases(QUICK, TURNS)
+@pytest.mark.parametrize(("group", "turn", "name"), NETWORK_CASES)
 def test_network(benchmark, group, turn, name):
-    measure(benchmark, group, turn, name, prepare_network)
-
-
-@network_cases([group for group in SLOW if group in NETWORK_NAMES], 3)
-def test_slow_network(benchmark, group, turn, name):
     measure(benchmark, group, turn, name, prepare_network)
 
 
