@@ -8,7 +8,7 @@ namespace sdfast::gram {
 namespace {
 
 template <class To, class From>
-void add_all(Tensor& total, const Tensor& product, const std::optional<Tensor>& factor, int64_t diagonal) {
+void add_all(Tensor& total, const Tensor& product, const OptionalTensor& factor, int64_t diagonal) {
   const int64_t rows = total.size(0), columns = total.size(1);
   To* to = total.mutable_data_ptr<To>();
   const From* from = product.const_data_ptr<From>();
@@ -22,7 +22,7 @@ void add_all(Tensor& total, const Tensor& product, const std::optional<Tensor>& 
   });
 }
 
-void add_product(Tensor total, Tensor product, std::optional<Tensor> factor, std::optional<int64_t> diagonal) {
+void add_product(Tensor total, Tensor product, OptionalTensor factor, std::optional<int64_t> diagonal) {
   const int64_t last = diagonal ? *diagonal : kAll;
   const bool wide = total.scalar_type() == ScalarType::Double;
   if (product.scalar_type() == ScalarType::Double)
@@ -32,14 +32,14 @@ void add_product(Tensor total, Tensor product, std::optional<Tensor> factor, std
 }
 
 template <class To, class T>
-void add_product_of(Tensor& total, const Tensor& left, const std::optional<Tensor>& right) {
+void add_product_of(Tensor& total, const Tensor& left, const OptionalTensor& right) {
   if (!right && left.size(0) <= kFewRows)
     add_triangle<To, T>(total, left);
   else
     add_tiles<To, T>(total, left, right);
 }
 
-void add_products(Tensor total, Tensor left, std::optional<Tensor> right) {
+void add_products(Tensor total, Tensor left, OptionalTensor right) {
   const bool wide = total.scalar_type() == ScalarType::Double;
   if (left.scalar_type() == ScalarType::Double)
     add_product_of<double, double>(total, left, right);

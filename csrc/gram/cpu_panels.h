@@ -10,51 +10,17 @@ namespace sdfast::gram {
 constexpr int64_t kColumns = 128;  // of a panel: four of them fit the first cache
 constexpr int kTogether = 3;       // panels that are vectors at once
 
-// out[j, v] (+)= Σ_k scalars[k, j] · vectors[v, k], j < kJ, v < kV vectors
-template <class T, int kBytes, int kJ, int kV>
-SDFAST_INLINE void multiply_panels(const T* scalars, const T* vectors, int64_t columns, T* out, int64_t pitch,
-                                   bool add) {
-  using Lanes = typename sample_gradients::Vector<T, kBytes>::type;
-  constexpr int kWidth = kBytes / sizeof(T);
-  Lanes sums[kJ][kV];
-#pragma GCC unroll 8
-  for (int j = 0; j < kJ; ++j)
-#pragma GCC unroll 3
-    for (int v = 0; v < kV; ++v) sums[j][v] = Lanes{};
-  for (int64_t k = 0; k < columns; ++k) {
-    Lanes lanes[kV];
-#pragma GCC unroll 3
-    for (int v = 0; v < kV; ++v) std::memcpy(&lanes[v], vectors + v * kColumns * kWidth, kBytes);
-#pragma GCC unroll 8
-    for (int j = 0; j < kJ; ++j)
-#pragma GCC unroll 3
-      for (int v = 0; v < kV; ++v) sums[j][v] += lanes[v] * scalars[j];
-    scalars += kWidth;
-    vectors += kWidth;
-  }
-#pragma GCC unroll 8
-  for (int j = 0; j < kJ; ++j)
-#pragma GCC unroll 3
-    for (int v = 0; v < kV; ++v) {
-      T* to = out + j * pitch + v * kWidth;
-      if (add) {
-        Lanes before;
-        std::memcpy(&before, to, kBytes);
-        sums[j][v] += before;
-      }
-      std::memcpy(to, &sums[j][v], kBytes);
-    }
+// 8 (of narrow vectors 4) rows of a panel times kV panels.
+template <class T, int kV>
+SDFAST_WIDE void multiply_wide(const T* scalars, const T* vectors, const sample_gradients::Lines& lines, T* out,
+                               int64_t pitch, bool add) {
+  sample_gradients::multiply<T, 64, 8, kV, kColumns * 64 / sizeof(T)>(scalars, vectors, lines, out, pitch, add);
 }
 
 template <class T, int kV>
-SDFAST_WIDE void multiply_wide(const T* scalars, const T* vectors, int64_t columns, T* out, int64_t pitch, bool add) {
-  multiply_panels<T, 64, 8, kV>(scalars, vectors, columns, out, pitch, add);
-}
-
-template <class T, int kV>
-SDFAST_CLONES void multiply_narrow(const T* scalars, const T* vectors, int64_t columns, T* out, int64_t pitch,
-                                   bool add) {
-  multiply_panels<T, 32, 4, kV>(scalars, vectors, columns, out, pitch, add);
+SDFAST_CLONES void multiply_narrow(const T* scalars, const T* vectors, const sample_gradients::Lines& lines, T* out,
+                                   int64_t pitch, bool add) {
+  sample_gradients::multiply<T, 32, 4, kV, kColumns * 32 / sizeof(T)>(scalars, vectors, lines, out, pitch, add);
 }
 
 // The panels of some rows, of kColumns columns each; what a panel holds beside its rows is zero.
@@ -84,18 +50,19 @@ class Panels {
 template <class T, class Meanwhile>
 void multiply_strip(const Panels<T>& x, const Panels<T>& y, bool triangle, int64_t columns, T* sums, int64_t pitch,
                     bool add, const Meanwhile& meanwhile) {
-  using Multiply = void (*)(const T*, const T*, int64_t, T*, int64_t, bool);
+  using Multiply = sample_gradients::Multiply<T>;
   static constexpr Multiply kWide[] = {multiply_wide<T, 1>, multiply_wide<T, 2>, multiply_wide<T, kTogether>};
   static constexpr Multiply kNarrow[] = {multiply_narrow<T, 1>, multiply_narrow<T, 2>, multiply_narrow<T, kTogether>};
   const bool wide = sample_gradients::wide_vectors();
-  const int64_t lanes = Panels<T>::lanes(), at_once = wide ? 8 : 4;
+  const int64_t lanes = Panels<T>::lanes(), at_once = wide ? 8 : 4, offset = 0;
+  const sample_gradients::Lines lines = {&offset, &offset, 0, 1, columns, lanes, lanes};
   for (int64_t j = 0; j < y.count(); j += kTogether)
     for (int64_t i = triangle ? j : 0; i < x.count(); ++i) {
       const int64_t vectors = std::min<int64_t>({kTogether, y.count() - j, triangle ? i + 1 - j : kTogether});
       const Multiply multiply = (wide ? kWide : kNarrow)[vectors - 1];
       for (int64_t part = 0; part < lanes; part += at_once) {
         meanwhile();
-        multiply(x[i] + part, y[j], columns, sums + (i * lanes + part) * pitch + j * lanes, pitch, add);
+        multiply(x[i] + part, y[j], lines, sums + (i * lanes + part) * pitch + j * lanes, pitch, add);
       }
     }
 }

@@ -52,6 +52,7 @@ void sum_columns(const T* x, int64_t stride, int64_t rows, int64_t begin, int64_
 template <class To, class T>
 void add_triangle(Tensor& total, const Tensor& x) {
   const int64_t rows = x.size(0), columns = x.size(1), threads = torch::stable::get_num_threads();
+  if (rows == 0) return;
   const int64_t parts = std::max<int64_t>(1, std::min(threads, columns / kColumns));
   const int64_t share = (columns + parts - 1) / parts;
   std::vector<double> sums(parts * rows * rows);

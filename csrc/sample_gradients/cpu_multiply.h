@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
-#include "../common/ahead.h"
 #include "../common/vec.h"
+#include "cpu_ahead.h"
 
 // One body for the widest vectors: taken where the processor has them, by `wide_vectors`.
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
@@ -38,8 +38,9 @@ struct Lines {
   Ahead* ahead = nullptr;  // what to fetch meanwhile
 };
 
-// out[j, v] (+)= Σ_t scalars[t + j] · vectors[t + v], j < kJ, v < kV vectors
-template <class T, int kBytes, int kJ, int kV>
+// out[j, v] (+)= Σ_t scalars[t + j] · vectors[t + v · kApart], j < kJ, v < kV vectors, which lie side by side if not
+// told
+template <class T, int kBytes, int kJ, int kV, int kApart = kBytes / sizeof(T)>
 SDFAST_INLINE void multiply(const T* scalars, const T* vectors, const Lines& lines, T* out, int64_t pitch, bool add) {
   using Lanes = typename Vector<T, kBytes>::type;
   constexpr int kWidth = kBytes / sizeof(T);
@@ -55,7 +56,7 @@ SDFAST_INLINE void multiply(const T* scalars, const T* vectors, const Lines& lin
     for (int64_t x = 0; x < lines.columns; ++x) {
       Lanes lanes[kV];
 #pragma GCC unroll 3
-      for (int v = 0; v < kV; ++v) std::memcpy(&lanes[v], from + v * kWidth, kBytes);
+      for (int v = 0; v < kV; ++v) std::memcpy(&lanes[v], from + v * kApart, kBytes);
 #pragma GCC unroll 16
       for (int j = 0; j < kJ; ++j)
 #pragma GCC unroll 3

@@ -16,6 +16,7 @@ SHAPES = {
     "single": (1, 1, 1),
     "no columns": (4, None, 0),
     "no rows": (0, 3, 7),
+    "nothing on a side": (0, None, 7),
 }
 SPLITS = [(7, 3), (1, 40), (33, 1)]  # narrower, wider and as wide as a step
 EPS = {"float32": 2.0**-24, "float64": 2.0**-53, "bf16x3": 2.0**-24, "tf32": 2.0**-24, "bf16": 2.0**-24}

@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 
-namespace sdfast {
+namespace sdfast::sample_gradients {
 
 class Ahead {
  public:
@@ -53,4 +53,4 @@ class Ahead {
   int64_t share_ = 0;
 };
 
-}  // namespace sdfast
+}  // namespace sdfast::sample_gradients
