@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     outputs: int | str = int(arguments.outputs) if arguments.outputs.isdigit() else arguments.outputs
     if isinstance(outputs, int) and outputs >= data.num_classes:
         raise ValueError(f"--outputs: got {outputs}, wanted an index below {data.num_classes}")
-    inputs, labels = data.train_inputs[: arguments.samples], data.train_labels[: arguments.samples]
+    inputs, labels = data.train_inputs[: arguments.samples].flatten(1), data.train_labels[: arguments.samples]
     device = _devices.usable(arguments.device)
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(arguments.seed)

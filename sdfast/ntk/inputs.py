@@ -51,7 +51,7 @@ def read(x: object, parameter: Tensor, name: str) -> Inputs:
     """Inputs from a tensor, a tuple, list or dict of tensors, a dataset or a loader.
 
     Args:
-        x: One of those; of a dataset's or loader's (input, label) pairs the input alone.
+        x: One of those; of a dataset's or loader's (input, label) pairs the input alone, which may be several tensors.
         parameter: Of the model: its device and dtype are wanted.
         name: Of the argument, for errors.
 
@@ -60,7 +60,8 @@ def read(x: object, parameter: Tensor, name: str) -> Inputs:
 
     Raises:
         TypeError: `x` is none of those.
-        ValueError: It is empty, or its tensors have different lengths, another device or another floating dtype.
+        ValueError: It is empty, its items have more parts than an input and a label, or its tensors have different
+            lengths, another device or another floating dtype.
     """
     moves = isinstance(x, Dataset | DataLoader)
     if isinstance(x, DataLoader):
@@ -108,8 +109,11 @@ def _read_dataset(dataset: Dataset, name: str) -> Any:
 def _input_of(item: Any, name: str) -> Any:
     """The input of an item: what comes before the label."""
     if isinstance(item, tuple | list):
-        if not item:
-            raise ValueError(f"{name}: got an empty {type(item).__name__} as an item, wanted an input")
+        if len(item) not in (1, 2):
+            raise ValueError(
+                f"{name}: got an item of {len(item)} parts, wanted (input,) or (input, label); several inputs are one "
+                "part, ((a, b), label) or ({'name': a}, label)"
+            )
         return item[0]
     return item
 

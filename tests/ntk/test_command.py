@@ -34,6 +34,14 @@ def test_the_matrix_and_its_spectrum(tmp_path, capsys):
         assert (folder / name).read_bytes()[:4] == b"\x89PNG"
 
 
+def test_pictures_are_rows_of_pixels(tmp_path, capsys):
+    matrices = []
+    for name in ("digits", "digit_pictures"):
+        assert main([*SMALL, "--dataset", name, "--output", str(tmp_path / name)]) == 0
+        matrices.append(np.load(tmp_path / name / "gram.npz")["gram"])
+    assert np.array_equal(*matrices)
+
+
 def test_weights_and_checkpoint_and_table(tmp_path, capsys):
     model = mlp((64, 8, 10))
     torch.save(model.state_dict(), tmp_path / "w.pt")

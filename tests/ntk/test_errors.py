@@ -163,6 +163,16 @@ BAD = {
         ValueError,
         "x1: the loader shuffles",
     ),
+    "a dataset of more than an input and a label": (
+        lambda: gram(linear(), torch.utils.data.TensorDataset(X, X, X)),
+        ValueError,
+        r"x1: got an item of 3 parts, wanted \(input,\) or \(input, label\); several inputs are one part",
+    ),
+    "a loader of such": (
+        lambda: gram(linear(), torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, X, X))),
+        ValueError,
+        "x1: got an item of 3 parts",
+    ),
     "dropout": (
         lambda: gram(nn.Sequential(linear(3), nn.Dropout(0.1), linear()), X),
         ValueError,

@@ -345,6 +345,26 @@ def test_inputs_of_every_kind():
     assert_exact(gram(model, x, data, outputs="sum"), wanted)
 
 
+class Scaled(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 3)
+
+    def forward(self, x, scale):
+        return torch.tanh(self.linear(x)) * scale[:, None]
+
+
+def test_items_of_several_inputs():
+    model, x, scale = Scaled(), torch.randn(5, 4), torch.rand(5)
+    wanted = gram(model, (x, scale), outputs="sum")
+    for items in (
+        [((row, one), 0) for row, one in zip(x, scale, strict=True)],
+        [({"x": row, "scale": one}, 0) for row, one in zip(x, scale, strict=True)],
+    ):  # a list is a dataset, and a loader says so
+        loader = torch.utils.data.DataLoader(items, batch_size=2)
+        assert torch.equal(gram(model, loader, outputs="sum"), wanted)
+
+
 def test_callable_outputs():
     model, x = zoo.mlp(), torch.randn(5, 4)
     got = gram(model, x, outputs=lambda out: out.logsumexp(1))
