@@ -1,32 +1,67 @@
 """Files that are whole or not there: a run that dies while writing leaves the version before."""
 
+import contextlib
+import glob
 import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from sdfast import _locks
+
+_POSIX = os.name == "posix"
+
 
 def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
-    """Lets `write` fill a temporary file in the same folder, then puts it in the place of `path`."""
+    """Lets `write` fill a temporary file in the same folder, then puts it in the place of `path`.
+
+    Temporary files of writers of the same path that were killed are removed.
+    """
     path = Path(path)
-    # A name of its own, so that two writers cannot meet in one file; and not tempfile's, which nobody else may read.
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    _remove_left(path)
+    file, partial = _new_partial(path)
     try:
-        with open(partial, "xb") as file:
+        with file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+            if _POSIX:
+                os.replace(partial, path)  # before its lock ends
+        if not _POSIX:
+            os.replace(partial, path)  # others do not rename what is open
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # the rename itself must survive a power cut too
+    if _POSIX:  # the rename itself must survive a power cut too
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _new_partial(path: Path) -> tuple[BinaryIO, Path]:
+    """An empty file, locked while it is open.
+
+    With a name of its own, so that two writers cannot meet in one file; and not tempfile's, which nobody else may read.
+    """
+    while True:
+        partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+        file = open(partial, "xb")
+        with contextlib.suppress(BlockingIOError):
+            _locks.lock(file.fileno())
+            if os.fstat(file.fileno()).st_nlink > 0:
+                return file, partial
+        file.close()  # taken for one of a dead writer before it was locked
+
+
+def _remove_left(path: Path) -> None:
+    """Removes temporary files that no writer holds."""
+    for partial in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 8}.partial"):
+        with contextlib.suppress(OSError), open(partial, "r+b") as file:
+            if _locks.lock(file.fileno()):
+                partial.unlink()
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -5,7 +5,7 @@ tells the others before it raises, and one that is gone is noticed by the next e
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ class Shards:
     Args:
         group: A ``torch.distributed`` process group, or ``None``: this process alone.
         device: Of the model.
+        continues: Whether a run that is started again goes on where this one ends.
 
     Raises:
         TypeError: `group` is no process group.
@@ -33,8 +34,9 @@ class Shards:
         RuntimeError: torch.distributed is not initialised.
     """
 
-    def __init__(self, group: Any, device: torch.device) -> None:
+    def __init__(self, group: Any, device: torch.device, continues: bool = False) -> None:
         self.group, self.device, self.rank, self.world = group, device, 0, 1
+        self.advice = f"; {_CONTINUE}" if continues else ""
         if group is None:
             return
         distributed = torch.distributed
@@ -84,8 +86,11 @@ class Shards:
         return any(self._gathered(here))
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """Work of each process, after which all know whether all got through it.
+    def together(self, resumable: bool = True) -> Iterator[None]:
+        """Work of each process without an exchange, after which all know whether all got through it.
+
+        Args:
+            resumable: Whether a run that is started again spares a part of this work.
 
         Yields:
             Nothing.
@@ -94,32 +99,33 @@ class Shards:
             PathChangedError: Somewhere a micro-batch took another path; raised in every process.
             RuntimeError: Another process failed.
         """
-        state, reason = _FAILED, ""
         try:
             yield
-            state = _DONE
         except PathChangedError as error:
-            state, reason = _PATH_CHANGED, str(error)
+            self._agree(_PATH_CHANGED, str(error), resumable)
             raise
-        finally:
-            self._agree(state, reason)
+        except BaseException as error:
+            with suppress(RuntimeError):  # that others failed too: this one says why it did
+                self._agree(_FAILED, f"{type(error).__name__}: {error}", resumable)
+            raise
+        self._agree(_DONE, "", resumable)
 
     def add_up(self, total: Tensor) -> None:
         """The sum over all processes, in place, in every one: the one exchange of matrices."""
         if self.world == 1:
             return
         whole = total if total.is_contiguous() and total.device == self.device else total.to(self.device).contiguous()
-        with _gone():
+        with self._gone():
             torch.distributed.all_reduce(whole, group=self.group)
         if whole is not total:
             total.copy_(whole)
 
-    def _agree(self, state: int, reason: str) -> None:
+    def _agree(self, state: int, reason: str, resumable: bool) -> None:
         states = self._gathered((state, reason))
-        failed = [rank for rank, (other, _) in enumerate(states) if other == _FAILED]
+        failed = [(rank, told) for rank, (other, told) in enumerate(states) if other == _FAILED]
         if failed and state != _FAILED:
-            ranks = ", ".join(map(str, failed))
-            raise RuntimeError(f"group: rank {ranks} failed and says why; {_CONTINUE}")
+            told = "; ".join(f"rank {rank} failed with {why.splitlines()[0]}" for rank, why in failed)
+            raise RuntimeError(f"group: {told}{self.advice if resumable else ''}")
         changed = [told for other, told in states if other == _PATH_CHANGED]
         if changed and state == _DONE:
             raise PathChangedError(changed[0])
@@ -128,19 +134,18 @@ class Shards:
         if self.world == 1:
             return [value]
         gathered: list[Any] = [None] * self.world
-        with _gone():
+        with self._gone():
             torch.distributed.all_gather_object(gathered, value, group=self.group)
         return gathered
 
-
-@contextmanager
-def _gone() -> Iterator[None]:
-    """Says what it means that an exchange fails."""
-    try:
-        yield
-    except RuntimeError as error:  # whatever the backend: that is all they have in common
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RuntimeError(f"group: a process is gone ({first}); {_CONTINUE}") from error
+    @contextmanager
+    def _gone(self) -> Iterator[None]:
+        """Says what it means that an exchange fails."""
+        try:
+            yield
+        except RuntimeError as error:  # whatever the backend: that is all they have in common
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise RuntimeError(f"group: a process is gone ({first}){self.advice}") from error
 
 
 def _weight(plan: Plan, group: Group) -> float:

@@ -94,17 +94,20 @@ def gram(
     check_batch_size(batch_size)
     memory = check_memory(memory)
     rates = rates_of(plan)
+    shards = Shards(group, first.device, checkpoint is not None)
     with unchanged(model, first.device):
-        rows = feeding.read(x1, first, "x1")
-        columns = None if x2 is None else feeding.read(x2, first, "x2")
-        shards = Shards(group, first.device)
+        with shards.together(resumable=False):
+            rows = feeding.read(x1, first, "x1")
+            columns = None if x2 is None else feeding.read(x2, first, "x2")
 
         def compute(afresh: bool) -> Result:
-            left = Source(model, rows, asked, parameters, batch_size, afresh=afresh)
-            right = left
-            if columns is not None:
-                right = Source(model, columns, asked, parameters, batch_size, left.findings)
-            result = Result(asked, left.samples, right.samples, precision, first.device, symmetric=x2 is None, out=out)
+            with shards.together(resumable=False):
+                left = Source(model, rows, asked, parameters, batch_size, afresh=afresh)
+                right = left
+                if columns is not None:
+                    right = Source(model, columns, asked, parameters, batch_size, left.findings)
+                sizes = (left.samples, right.samples)
+                result = Result(asked, *sizes, precision, first.device, symmetric=x2 is None, out=out)
             run = _Run(left, right, precision, memory, plan, rates, shards)
             saved = None if checkpoint is None and group is None else _opened(checkpoint, run)
             if shards.any(saved is not None and saved.looped):
@@ -229,25 +232,26 @@ def _add_tiles(result: Result, blocks: list[Block], group: Group, form: str, pre
 def _opened(path: str | os.PathLike | None, run: _Run) -> Checkpoint | None:
     """The checkpoint, and all processes of one mind about what they compute."""
     left, right, shards = run.left, run.right, run.shards
-    plan = run.plan()
     sides = {"x1": left.inputs, "x2": None if right is left else right.inputs}
-    settings = settings_of(
-        left.model,
-        left.parameters,
-        sides,
-        outputs=left.outputs.describe(),
-        precision=run.precision,
-        batch_size=[left.batch_size, right.batch_size],
-        memory=run.memory,
-        methods=content_hash([[entry.name, entry.method] for entry in plan.entries]),
-        processes=shards.world,
-    )
+    with shards.together(resumable=False):
+        settings = settings_of(
+            left.model,
+            left.parameters,
+            sides,
+            outputs=left.outputs.describe(),
+            precision=run.precision,
+            batch_size=[left.batch_size, right.batch_size],
+            memory=run.memory,
+            methods=content_hash([[entry.name, entry.method] for entry in run.plan().entries]),
+            processes=shards.world,
+        )
     shards.check_same({**settings, "checkpoint": path is not None})
     if path is None:
         return None
     if shards.world > 1:
         path = f"{os.fspath(path)}.{shards.rank}"
-    return Checkpoint(path, settings, torch.stack([*left.findings.answers.values()]))
+    with shards.together(resumable=False):
+        return Checkpoint(path, settings, torch.stack([*left.findings.answers.values()]))
 
 
 def _refuse_infinite(blocks: list[Block], group: Group) -> None:

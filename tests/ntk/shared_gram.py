@@ -44,6 +44,7 @@ def cases(rank, folder):
     yield "small", lambda: gram(model, x, group=world, memory=20_000, **OPTIONS)
     yield "columns", lambda: gram(model, x, x[:7] * 2, group=world, **OPTIONS)
     yield "out", lambda: gram(model, x, group=world, out=torch.full((50, 100), torch.nan)[:, ::2], **OPTIONS)
+    yield "bad", lambda: gram(model, x if rank == 0 else x.double(), group=world, checkpoint=folder / "b.pt", **OPTIONS)
     yield "differ", lambda: gram(model, x * (1 + rank), group=world, **OPTIONS)
     yield "checkpoint", lambda: gram(model, x, group=world, memory=20_000, checkpoint=folder / "c.pt", **OPTIONS)
 
@@ -62,7 +63,9 @@ def work(asked, folder, rank, world):
         Faulty.fault = (lambda: os._exit(9)) if asked == "die" else (lambda: (_ for _ in ()).throw(OSError("disk")))
     if asked == "continue":
         torch.save(torch.load(folder / f"c.pt.{rank}")["done"], folder / f"before.{rank}.pt")
-    wanted = ["checkpoint"] if asked in ("die", "raise", "continue") else asked.split(",")
+    if asked == "broken" and rank == 1:
+        (folder / "c.pt.1").write_bytes(b"half a file")
+    wanted = ["checkpoint"] if asked in ("die", "raise", "continue", "broken") else asked.split(",")
     for name, compute in cases(rank, folder):
         if name not in wanted:
             continue

@@ -28,6 +28,7 @@ def shared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shared")
     scenarios = [f"{SAME}:2:two", f"{SAME}:3:three"]
     scenarios += [f"{name}:2:{how}" for how in ("die", "raise") for name in (how, "continue")]
+    scenarios += ["bad:2:bad", "broken:2:broken"]
     full = [f"{name}:{world}:{folder / where}" for name, world, where in (s.split(":") for s in scenarios)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(HERE / "shared_gram.py"), *full]
@@ -59,7 +60,7 @@ def test_a_process_that_ends_ends_all_and_the_checkpoints_continue(how, shared):
     folder, codes = shared[0] / how, shared[1]
     assert codes[how, how] == [1, 9 if how == "die" else 1], "a process took a matrix for whole that is not"
     told = (folder / "checkpoint.0.txt").read_text()
-    assert ("a process is gone" if how == "die" else "rank 1 failed") in told
+    assert ("a process is gone" if how == "die" else "rank 1 failed with OSError: disk") in told
     assert "checkpoint" in told
     if how == "raise":
         assert (folder / "checkpoint.1.txt").read_text() == "OSError: disk"
@@ -71,6 +72,22 @@ def test_a_process_that_ends_ends_all_and_the_checkpoints_continue(how, shared):
     kept = [torch.load(folder / f"before.{rank}.pt") for rank in range(2)]
     assert all(kept), "nothing was there to continue"
     assert [torch.load(folder / f"c.pt.{rank}")["done"] for rank in range(2)] >= kept
+
+
+@pytest.mark.parametrize(
+    ("scenario", "file", "reason"),
+    [
+        ("bad", "bad", "ValueError: x1: got float64, wanted float32 as the model's parameters"),
+        ("broken", "checkpoint", "ValueError: checkpoint: .*c.pt.1 is no checkpoint of a Gram matrix: .*"),
+    ],
+)
+def test_what_a_process_refuses_ends_all_with_its_reason(scenario, file, reason, shared):
+    folder, codes = shared[0] / scenario, shared[1]
+    assert codes[scenario, scenario] == [1, 1]
+    assert re.fullmatch(reason, (folder / f"{file}.1.txt").read_text())
+    told = (folder / f"{file}.0.txt").read_text()
+    assert re.fullmatch(f"RuntimeError: group: rank 1 failed with {reason}", told)
+    assert "started again" not in told, "that would fail again"
 
 
 def test_processes_share_evenly():

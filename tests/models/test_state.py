@@ -1,0 +1,58 @@
+"""Weights from a file: put into the network, or refused in one line that says what is wrong."""
+
+import pytest
+import torch
+
+from sdfast.models import mlp
+from sdfast.models.state import load_state
+
+
+def test_the_weights_are_those_of_the_file(tmp_path):
+    saved, model = mlp((8, 4, 2)), mlp((8, 4, 2))
+    torch.save(saved.state_dict(), tmp_path / "w.pt")
+    assert load_state(model, tmp_path / "w.pt", "--weights") is model
+    for ours, theirs in zip(model.parameters(), saved.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def states():
+    yield "shape", mlp((8, 5, 2)).state_dict(), "does not fit the network: 0.weight is (5, 8) and not (4, 8), 0.bias is"
+    yield "more", mlp((8, 4, 2, 2)).state_dict(), "does not fit the network: the network has no 4.weight, the network"
+    yield "fewer", mlp((8, 4)).state_dict(), "does not fit the network: 2.weight is missing, 2.bias is missing"
+    yield "many", mlp((7, 3, 3, 3)).state_dict(), "2.bias is (3,) and not (2,), and 2 more"
+    nested = {"model": mlp((8, 4, 2)).state_dict(), "epoch": 3}
+    yield "nested", nested, "does not fit the network: it holds model, epoch, and the network 0.weight, 0.bias"
+    yield (
+        "model",
+        mlp((8, 4, 2)),
+        "holds objects beside tensors, wanted what torch.save(model.state_dict(), ...) writes",
+    )
+    yield "tensor", torch.zeros(3), "holds a Tensor, wanted a state_dict"
+    for name, content in {"empty": b"", "text": b"no pickle", "number": b"101"}.items():
+        yield name, content, "is no file of torch.save, or not the whole of one"
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [pytest.param(*state, id=state[0]) for state in states()])
+def test_what_does_not_fit_is_named(name, content, message, tmp_path):
+    path = tmp_path / f"{name}.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    model = mlp((8, 4, 2))
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(ValueError) as caught:
+        load_state(model, path, "--weights")
+    told = str(caught.value)
+    assert told.startswith(f"--weights: {path} ")
+    assert message in told
+    assert "\n" not in told
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+def test_a_part_of_a_file(tmp_path):
+    torch.save(mlp((8, 4, 2)).state_dict(), tmp_path / "w.pt")
+    whole = (tmp_path / "w.pt").read_bytes()
+    (tmp_path / "w.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="--weights: .*w.pt is no file of torch.save, or not the whole of one"):
+        load_state(mlp((8, 4, 2)), tmp_path / "w.pt", "--weights")
