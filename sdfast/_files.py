@@ -1,10 +1,10 @@
 """Files that are whole or not there: a run that dies while writing leaves the version before."""
 
-import contextlib
 import glob
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,20 +20,15 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object
     """
     path = Path(path)
     _remove_left(path)
-    file, partial = _new_partial(path)
-    try:
-        with file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-            if _POSIX:
-                os.replace(partial, path)  # before its lock ends
-        if not _POSIX:
-            os.replace(partial, path)  # others do not rename what is open
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    if _POSIX:  # the rename itself must survive a power cut too
+    with _temporary(path) as (file, partial):
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+        if _POSIX:
+            os.replace(partial, path)  # before its lock ends
+    if not _POSIX:
+        os.replace(partial, path)  # others do not rename what is open
+    else:  # the rename itself must survive a power cut too
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -41,25 +36,38 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object
             os.close(folder)
 
 
-def _new_partial(path: Path) -> tuple[BinaryIO, Path]:
-    """An empty file, locked while it is open.
+@contextmanager
+def _temporary(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
+    """An empty file in the same folder, locked while it is open; removed where what is done with it fails.
 
     With a name of its own, so that two writers cannot meet in one file; and not tempfile's, which nobody else may read.
     """
     while True:
         partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
-        file = open(partial, "xb")
-        with contextlib.suppress(BlockingIOError):
-            _locks.lock(file.fileno())
-            if os.fstat(file.fileno()).st_nlink > 0:
-                return file, partial
-        file.close()  # taken for one of a dead writer before it was locked
+        with open(partial, "xb") as file:
+            if not _held(file):
+                continue
+            try:
+                yield file, partial
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+            return
+
+
+def _held(file: BinaryIO) -> bool:
+    """Whether the new file is locked before another writer took it for one of a dead one."""
+    try:
+        _locks.lock(file.fileno())
+    except BlockingIOError:
+        return False
+    return os.fstat(file.fileno()).st_nlink > 0
 
 
 def _remove_left(path: Path) -> None:
     """Removes temporary files that no writer holds."""
     for partial in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 8}.partial"):
-        with contextlib.suppress(OSError), open(partial, "r+b") as file:
+        with suppress(OSError), open(partial, "r+b") as file:
             if _locks.lock(file.fileno()):
                 partial.unlink()
 

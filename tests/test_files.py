@@ -28,7 +28,8 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
     path = tmp_path / "c [1].pt"
     path.write_bytes(b"before")
     partial = left_by_a_killed_writer(path)
-    assert partial.exists() and path.read_bytes() == b"before"
+    assert partial.exists()
+    assert path.read_bytes() == b"before"
     other = tmp_path / "c [1].pt.mine.partial"
     other.write_bytes(b"of a user")
     _files.write_atomically(tmp_path / "d.pt", lambda file: file.write(b"another file"))

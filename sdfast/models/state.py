@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_UNREADABLE = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError)
 _TOLD = 4  # entries that do not fit; there may be hundreds
 
 

@@ -1,5 +1,7 @@
 """Weights from a file: put into the network, or refused in one line that says what is wrong."""
 
+import re
+
 import pytest
 import torch
 
@@ -41,11 +43,10 @@ def test_what_does_not_fit_is_named(name, content, message, tmp_path):
         torch.save(content, path)
     model = mlp((8, 4, 2))
     before = [parameter.clone() for parameter in model.parameters()]
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
         load_state(model, path, "--weights")
     told = str(caught.value)
     assert told.startswith(f"--weights: {path} ")
-    assert message in told
     assert "\n" not in told
     assert all(map(torch.equal, model.parameters(), before))
 
@@ -54,5 +55,5 @@ def test_a_part_of_a_file(tmp_path):
     torch.save(mlp((8, 4, 2)).state_dict(), tmp_path / "w.pt")
     whole = (tmp_path / "w.pt").read_bytes()
     (tmp_path / "w.pt").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="--weights: .*w.pt is no file of torch.save, or not the whole of one"):
+    with pytest.raises(ValueError, match=r"--weights: .*w\.pt is no file of torch.save, or not the whole of one"):
         load_state(mlp((8, 4, 2)), tmp_path / "w.pt", "--weights")
