@@ -63,8 +63,10 @@ def gram(
             rounded, sums are kept in float32 for at most 4096 terms and in float64 beyond. ``None``: the model's dtype.
         params: Names, shell patterns of names, or a function of the name; ``None`` for all that require grad.
         batch_size: Samples of a micro-batch; by default 32 to 128, as many as have activations of 512 MiB, and up
-            to 1024 where no layer has more than one position a sample. It does not change the result but by rounding.
+            to 1024 where no layer has more than one position a sample; fewer where their activations would take more
+            than `memory`. It does not change the result but by rounding.
         memory: Bytes that the gradients held at a time may take; 2 GiB by default. Less memory means more passes.
+            The activations of a micro-batch and H come on top.
         out: Where to put the result: a tensor or array (a memory map, say) of its shape and dtype.
         progress: Show a bar.
         checkpoint: A file that finished groups of parameters are written to. If it is there, the run continues, and
@@ -102,10 +104,10 @@ def gram(
 
         def compute(afresh: bool) -> Result:
             with shards.together(resumable=False):
-                left = Source(model, rows, asked, parameters, batch_size, afresh=afresh)
+                left = Source(model, rows, asked, parameters, batch_size, afresh=afresh, memory=memory)
                 right = left
                 if columns is not None:
-                    right = Source(model, columns, asked, parameters, batch_size, left.findings)
+                    right = Source(model, columns, asked, parameters, batch_size, left.findings, memory=memory)
                 sizes = (left.samples, right.samples)
                 result = Result(asked, *sizes, precision, first.device, symmetric=x2 is None, out=out)
             run = _Run(left, right, precision, memory, plan, rates, shards)

@@ -90,7 +90,8 @@ class _Gradients:
         self.dtype, self.device = first.dtype, first.device
         self.form = source.outputs.form
         samples = source.samples
-        plan = make_plan(source.findings, source.parameters, self.form, source.classes, (samples, samples), memory)
+        sizes = (samples, samples)
+        plan = make_plan(source.findings, source.parameters, self.form, source.classes, sizes, True, memory)
         self.entries = {entry.name: entry for entry in plan.entries}
         _choose_factors(plan, samples, source.classes, first.element_size(), memory if factored else 0)
         self.groups = groups_of(plan, samples, source.classes, first.element_size(), memory)

@@ -41,8 +41,8 @@ class Outputs:
             _check_tensor("outputs: the callable gave", output)
             if output.shape != (samples,):
                 raise ValueError(
-                    f"outputs: the callable gave shape {tuple(output.shape)}, wanted one scalar for each of the "
-                    f"{samples} samples, ({samples},)"
+                    f"outputs: the callable gave shape {tuple(output.shape)} for a batch of {samples} samples, wanted "
+                    f"one scalar for each, ({samples},)"
                 )
             columns = output[:, None]
         else:
@@ -54,7 +54,8 @@ class Outputs:
         _check_tensor("model: its output is", output, "; pass outputs=callable to turn it into one scalar per sample")
         if output.dim() == 0 or len(output) != samples or output.numel() == 0:
             raise ValueError(
-                f"model: its output has shape {tuple(output.shape)} for {samples} samples, wanted ({samples}, ...)"
+                f"model: its output has shape {tuple(output.shape)} for a batch of {samples} samples, wanted "
+                f"({samples}, ...)"
             )
         flat = output.reshape(samples, -1)
         classes = flat.shape[1]

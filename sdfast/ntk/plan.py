@@ -20,6 +20,21 @@ if TYPE_CHECKING:
 OWN_KERNELS = ("convolution", "norm")
 
 
+_METHODS = {
+    "materialise": "gradients of all samples, then their products",
+    "contract": "(AAᵀ)∘(BBᵀ) of a layer's inputs A and the gradients B of its outputs",
+    "stream": "A and B of all samples; gradients are formed from them a few columns at a time",
+    "loop": "a backward pass for each sample",
+    "zero": "no output depends on it",
+}
+_COLUMNS = {
+    "kernel": "that forms its gradients, cpu or triton of this package, or torch",
+    "FLOPs": "of gradients and products, or of the model's passes",
+    "bytes": "of gradients, factors and H, written and read",
+    "memory": "bytes held at a time, by the model those of a micro-batch's activations",
+}
+
+
 @dataclass
 class Entry:
     """One parameter.
@@ -107,6 +122,7 @@ class Plan:
         batch_size: Samples of a micro-batch.
         memory: Bytes that the gradients held at a time may take.
         itemsize: Bytes of a number of them.
+        activations: Bytes of what the model's operations on a micro-batch give.
         pass_flops: Of all forward passes and the backward passes through the activations.
         tile_bytes: Read and written of H.
         result_bytes: Of H.
@@ -124,6 +140,7 @@ class Plan:
     batch_size: int = 0
     memory: int = 0
     itemsize: int = 4
+    activations: int = 0
     pass_flops: int = 0
     tile_bytes: int = 0
     result_bytes: int = 0
@@ -152,19 +169,19 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        """Of gradients, factors and H, written and read; activations are not counted."""
+        """Of gradients, factors and H, written and read; those of activations are not counted."""
         return self.tile_bytes + sum(entry.bytes for entry in self.entries)
 
     @property
     def peak_memory(self) -> int:
-        """Bytes of the gradients of the largest group and of H; activations of a micro-batch come on top."""
+        """Bytes of the gradients of the largest group, of the activations of a micro-batch and of H."""
         by_name = {entry.name: entry for entry in self.entries}
         column = self.everyone * self.classes * self.itemsize
         held = [
             group.width * column + sum(by_name[name].memory for name in (*group.factored, *group.streamed))
             for group in self.groups
         ]
-        return max(held, default=0) + self.result_bytes
+        return max(held, default=0) + self.activations + self.result_bytes
 
     def settings(self) -> dict[str, object]:
         """What a call of `gram` must share with the plan that it is given."""
@@ -193,12 +210,17 @@ class Plan:
             )
             for entry in self.entries
         ]
-        rows.append(("model", "", "forward and backward", "", TORCH, _short(self.pass_flops), "", self.passes, ""))
+        rows.append(("model", "", "forward and backward", "", TORCH, _short(self.pass_flops), "", self.passes,
+                     _short(self.activations)))  # fmt: skip
         rows.append(("H", "×".join(map(str, self.samples)), "", "", "", "", _short(self.tile_bytes), "",
                      _short(self.result_bytes)))  # fmt: skip
         rows.append(("total", "", "", "", "", _short(self.flops), _short(self.bytes), self.passes,
                      _short(self.peak_memory)))  # fmt: skip
-        lines = [report.plain_table(headers, rows)]
+        used = {entry.method for entry in self.entries}
+        legend = {method: meaning for method, meaning in _METHODS.items() if method in used} | _COLUMNS
+        lines = [report.plain_table(headers, rows), ""]
+        lines += [f"{name}: {meaning}" for name, meaning in legend.items()]
+        lines += [f"passes over {self.everyone} samples in micro-batches of {self.batch_size}"]
         lines += [f"{entry.name} is looped: {entry.reason}" for entry in self.entries if entry.reason]
         if self.seconds is not None:
             told = ", ".join(f"{name} {value:.3g}" for name, value in self.seconds._asdict().items())
@@ -221,6 +243,7 @@ def make_plan(
     form: str,
     classes: int,
     samples: tuple[int, int],
+    symmetric: bool,
     memory: int,
     rates: Rates | None = None,
     streamed: bool = False,
@@ -233,6 +256,7 @@ def make_plan(
         form: Of the outputs.
         classes: Outputs.
         samples: Of both sides.
+        symmetric: Whether these are the same.
         memory: Bytes for a group; a layer whose factors do not fit is materialised, in pieces.
         rates: Of the machine; see `costs.contracts`.
         streamed: Whether layers may be streamed.
@@ -241,6 +265,7 @@ def make_plan(
         The plan.
     """
     entries = []
+    everyone = samples[0] if symmetric else sum(samples)
     for name, parameter in parameters.items():
         shape = tuple(parameter.shape)
         factors = findings.factors.get(name)
@@ -253,7 +278,7 @@ def make_plan(
         else:
             rule = " + ".join(findings.rules.get(name, ["none on the probe"]))
             entry = Entry(name, shape, rule, "materialise", factors)
-            fits = entry.factor_bytes(sum(samples), classes, parameter.element_size()) <= memory
+            fits = entry.factor_bytes(everyone, classes, parameter.element_size()) <= memory
             if (
                 factors is not None
                 and fits
@@ -263,7 +288,7 @@ def make_plan(
             elif any(own in rule for own in OWN_KERNELS):
                 entry.kernel = kernel_for(parameter.device.type, parameter.dtype)
             elif factors is not None and fits and streamed and costs.streams(
-                factors, shape, sum(samples), classes, parameter.element_size(), memory
+                factors, shape, everyone, classes, parameter.element_size(), memory
             ):  # fmt: skip
                 entry.method = "stream"
             entries.append(entry)

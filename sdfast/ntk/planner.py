@@ -75,10 +75,10 @@ def plan(
         columns = None if x2 is None else feeding.read(x2, first, "x2")
 
         def compute(afresh: bool) -> Plan:
-            left = Source(model, rows, asked, parameters, batch_size, afresh=afresh)
+            left = Source(model, rows, asked, parameters, batch_size, afresh=afresh, memory=memory)
             right = left
             if columns is not None:
-                right = Source(model, columns, asked, parameters, batch_size, left.findings)
+                right = Source(model, columns, asked, parameters, batch_size, left.findings, memory=memory)
             if calibrate and left.findings.batch_norm_trains:
                 raise NotImplementedError(
                     "calibrate: batch norm is in training mode, so all samples are one batch, and there are no "
@@ -115,10 +115,12 @@ def plan_of(
     samples, form, classes = (left.samples, right.samples), left.outputs.form, left.classes
     # On a GPU memory is there at once, and many small products would wait for their launches.
     streamed = first.device.type == "cpu" and _tiles_bytes(left, right) <= memory // 8
-    made = make_plan(left.findings, left.parameters, form, classes, samples, memory, rates, streamed)
-    made.form, made.classes, made.samples, made.symmetric = form, classes, samples, right is left
+    symmetric = right is left
+    made = make_plan(left.findings, left.parameters, form, classes, samples, symmetric, memory, rates, streamed)
+    made.form, made.classes, made.samples, made.symmetric = form, classes, samples, symmetric
     made.precision, made.batch_size, made.memory = precision, left.batch_size, memory
     made.itemsize, made.rates = first.element_size(), rates
+    made.activations = left.batch_size * left.findings.activations
     # Beside streamed factors lie the columns that are formed from them and the tiles of H, each an eighth at most.
     share = memory - (memory // 4 if any(entry.method == "stream" for entry in made.entries) else 0)
     if shares > 1:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sdfast.ntk import inputs as feeding
 from sdfast.ntk.gram import gram_of
 from sdfast.ntk.outputs import Outputs
+from sdfast.ntk.planner import MEMORY
 from sdfast.ntk.probe import Findings
 from sdfast.ntk.sample_rows import PathChangedError
 from sdfast.ntk.source import Source, select_parameters
@@ -58,13 +59,15 @@ class RepeatedGram:
                 found = found_again(model, inputs, self._outputs, parameters, self._findings, self._outputs.classes)
                 if found is not None:
                     try:
-                        return _matrix(Source(model, inputs, self._outputs, parameters, None, found,
+                        return _matrix(Source(model, inputs, self._outputs, parameters, None, found, memory=MEMORY,
                                               keep_outputs=True, spare=self._spare, of_these=True))  # fmt: skip
                     except PathChangedError:
                         pass  # the findings hold no longer: probed below as if for the first time
             self._spare = None
             self._findings, self._outputs, self._state, self.reused = None, Outputs(self.asked), state, 0
-            source = Source(model, inputs, self._outputs, parameters, None, keep_outputs=True, afresh=True)
+            source = Source(
+                model, inputs, self._outputs, parameters, None, keep_outputs=True, afresh=True, memory=MEMORY
+            )
             result = _matrix(source)
             found = source.findings
             if not (found.reads or found.all_looped or found.batch_norm_trains):

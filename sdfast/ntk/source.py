@@ -2,7 +2,6 @@
 
 import fnmatch
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from mmap import mmap
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from sdfast import _checks
+from sdfast._warnings import warn_caller
 from sdfast.ntk import inputs as feeding
 from sdfast.ntk import panels
 from sdfast.ntk.capture import Capture
@@ -64,6 +64,7 @@ class Source:
         keep_outputs: Keep what the model gives for each micro-batch, for `model_output`.
         spare: Memory for one panel of gradients, which every pass may overwrite.
         afresh: Probe, whatever is known of the model.
+        memory: Bytes that the activations of a micro-batch may take where `batch_size` is ``None``.
 
     Raises:
         ValueError: Batch norm in training mode, and a batch size below the number of samples.
@@ -81,6 +82,7 @@ class Source:
         spare: Tensor | None = None,
         afresh: bool = False,
         of_these: bool = False,
+        memory: int | None = None,
     ) -> None:
         self.model, self.inputs, self.outputs, self.parameters = model, inputs, outputs, parameters
         self.findings: Findings = (
@@ -94,7 +96,7 @@ class Source:
         self.samples, self.spare, self.widest = inputs.samples, spare, 0
         self.lent: list[mmap] = []
         self.kept: dict[int, Tensor] | None = {} if keep_outputs else None
-        self.batch_size = min(self._usual_batch_size() if batch_size is None else batch_size, self.samples)
+        self.batch_size = min(self._usual_batch_size(memory) if batch_size is None else batch_size, self.samples)
         if self.findings.batch_norm_trains:
             if batch_size is not None and batch_size < self.samples:
                 raise ValueError(
@@ -103,18 +105,19 @@ class Source:
                 )
             self.batch_size = self.samples
 
-    def _usual_batch_size(self) -> int:
+    def _usual_batch_size(self, memory: int | None) -> int:
         """By the work of a parameter's gradient, at one position one product for each of its entries; by activations.
 
         All micro-batches are of nearly the same size.
         """
         found = self.findings
+        activations = max(1, found.activations)
+        bound = self.samples if memory is None else max(1, memory // activations)
         if found.looped:
-            return LEAST_BATCH_SIZE  # what is looped passes all of a micro-batch
+            return min(LEAST_BATCH_SIZE, bound)  # what is looped passes all of a micro-batch
         single = all(found.work.get(name, 0) <= 2 * parameter.numel() for name, parameter in self.parameters.items())
         most = BATCH_SIZE_OF_ONE_POSITION if single and found.work else BATCH_SIZE
-        fitting = ACTIVATIONS // max(1, found.activations)
-        size = max(LEAST_BATCH_SIZE, min(most, fitting))
+        size = min(bound, max(LEAST_BATCH_SIZE, min(most, ACTIVATIONS // activations)))
         return -(-self.samples // -(-self.samples // size))
 
     @property
@@ -314,22 +317,18 @@ def _chosen(named: dict[str, Tensor], params: Any) -> dict[str, Tensor]:
 def say(findings: Findings) -> None:
     """Warns of what a user may not expect: parameters without influence, and slow ones."""
     if findings.unused:
-        warnings.warn(
-            f"no output depends on {', '.join(findings.unused)}: their gradients are zero", UserWarning, stacklevel=3
-        )
+        warn_caller(f"no output depends on {', '.join(findings.unused)}: their gradients are zero")
     if findings.batch_norm_trains:
-        warnings.warn(
+        warn_caller(
             "batch norm is in training mode and couples the samples: the gradients take one backward pass for each "
-            "sample and output, with all samples as one batch",
-            UserWarning,
-            stacklevel=3,
+            "sample and output, with all samples as one batch"
         )
     elif findings.looped:
         reasons: dict[str, list[str]] = {}
         for name, reason in findings.looped.items():
             reasons.setdefault(reason, []).append(name)
         told = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
-        warnings.warn(f"one backward pass for each sample and output: {told}", UserWarning, stacklevel=3)
+        warn_caller(f"one backward pass for each sample and output: {told}")
 
 
 def loop_everything(findings: Findings, parameters: Iterable[str], why: str) -> None:

@@ -19,7 +19,7 @@ def model_and_samples():
     return Talking(nn.Linear(6, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 3)), torch.randn(50, 6)
 
 
-OPTIONS = {"outputs": "trace", "batch_size": 10, "memory": 60_000}
+OPTIONS = {"outputs": "trace", "batch_size": 10, "memory": 30_000}
 
 
 def main():

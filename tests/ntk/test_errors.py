@@ -58,7 +58,7 @@ BAD = {
     "callable of another shape": (
         lambda: gram(linear(2), X, outputs=lambda out: out),
         ValueError,
-        r"outputs: the callable gave shape \(2, 2\), wanted one scalar for each of the 2 samples",
+        r"outputs: the callable gave shape \(2, 2\) for a batch of 2 samples, wanted one scalar for each, \(2,\)",
     ),
     "callable that gives no tensor": (
         lambda: gram(linear(2), X, outputs=lambda out: 1.0),
@@ -73,12 +73,12 @@ BAD = {
     "output without samples": (
         lambda: gram(Functional(lambda s, x: F.linear(x, s.w).sum(), w=(1, 3)), X),
         ValueError,
-        r"model: its output has shape \(\) for 2 samples, wanted \(2, ...\)",
+        r"model: its output has shape \(\) for a batch of 2 samples, wanted \(2, ...\)",
     ),
     "output of another length": (
         lambda: gram(Functional(lambda s, x: F.linear(x, s.w).repeat(2, 1), w=(1, 3)), X),
         ValueError,
-        r"model: its output has shape \(4, 1\) for 2 samples",
+        r"model: its output has shape \(4, 1\) for a batch of 2 samples",
     ),
     "output that is no tensor": (
         lambda: gram(Functional(lambda s, x: {"a": F.linear(x, s.w)}, w=(1, 3)), X),

@@ -320,6 +320,9 @@ def test_separate_heads_and_unused_outputs():
     model.three = nn.Linear(4, 1)
     with pytest.warns(UserWarning, match=r"no output depends on three.weight, three.bias: their gradients are zero"):
         check(model, x, outputs="full")
+    with pytest.warns(UserWarning, match="no output depends on") as told:
+        gram(model, x, outputs="full")
+    assert {one.filename for one in told} == {__file__}, "it points at the line of the call"
 
 
 def test_inputs_of_every_kind():
