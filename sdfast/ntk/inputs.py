@@ -16,6 +16,7 @@ class Inputs:
     Attributes:
         tensors: By position (int) or by name (str), each (samples, ...).
         samples: How many.
+        channels_last: Whether the model is given its pictures (samples, channels, height, width) in that memory format.
     """
 
     def __init__(self, tensors: dict[int | str, Tensor], device: torch.device, name: str) -> None:
@@ -28,17 +29,26 @@ class Inputs:
         if len(set(sizes.values())) != 1:
             raise ValueError(f"{name}: got {sizes} samples, wanted the same number in every tensor")
         self.tensors, self.name, self.device = tensors, name, device
-        self.samples = next(iter(sizes.values()))
+        self.samples, self.channels_last = next(iter(sizes.values())), False
         if self.samples == 0:
             raise ValueError(f"{name}: got no sample, wanted at least one")
 
     def rows(self, start: int, stop: int) -> dict[int | str, Tensor]:
         """Copies of some samples, which the model may overwrite."""
-        return {key: tensor[start:stop].to(self.device, copy=True) for key, tensor in self.tensors.items()}
+        return {key: self._copied(tensor[start:stop]) for key, tensor in self.tensors.items()}
 
     def pick(self, indices: list[int]) -> dict[int | str, Tensor]:
         """Copies of the samples of these indices."""
-        return {key: tensor[indices].to(self.device, copy=True) for key, tensor in self.tensors.items()}
+        return {key: self._copied(tensor[indices]) for key, tensor in self.tensors.items()}
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        last = self.channels_last and is_picture(tensor)
+        return tensor.to(self.device, copy=True, memory_format=torch.channels_last if last else torch.preserve_format)
+
+
+def is_picture(tensor: Tensor) -> bool:
+    """Whether it has the axes of pictures (samples, channels, height, width)."""
+    return tensor.dim() == 4 and tensor.is_floating_point()
 
 
 def call(model: nn.Module, tensors: Mapping[int | str, Tensor]) -> Any:

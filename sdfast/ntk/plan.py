@@ -10,8 +10,8 @@ from torch import Tensor
 from sdfast import report
 from sdfast.ntk import costs
 from sdfast.ntk.costs import Rates
+from sdfast.ntk.findings import Findings
 from sdfast.ntk.layers.kernels import TORCH, kernel_for
-from sdfast.ntk.probe import Findings
 
 if TYPE_CHECKING:
     from sdfast.ntk.blocks import Group

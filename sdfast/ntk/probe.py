@@ -8,8 +8,7 @@ the factors of a layer that may be contracted stand for its gradient. A paramete
 module for instance, is differentiated one sample at a time too. Nothing is left out.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,59 +17,21 @@ from torch import Tensor, nn
 from sdfast.ntk import inputs as feeding
 from sdfast.ntk.altered import copies, jittered, perturbed
 from sdfast.ntk.capture import Capture, Origin, ParameterMode, Seen, Step
-from sdfast.ntk.comparison import UNSEEN, loop_what_differs, shares_of
+from sdfast.ntk.comparison import UNSEEN, lie_apart, loop_what_differs, shares_of
 from sdfast.ntk.confirmation import graph_of
 from sdfast.ntk.costs import may_serve
-from sdfast.ntk.coupling import refuse_coupled_gradients, refuse_coupling, refuse_places
+from sdfast.ntk.coupling import far_apart, refuse_coupled_gradients, refuse_coupling, refuse_places
+from sdfast.ntk.findings import Findings
 from sdfast.ntk.inputs import Inputs
 from sdfast.ntk.layers import GENERIC, LOOP, Call
 from sdfast.ntk.layers.generic import CANNOT_VMAP
+from sdfast.ntk.memory_format import may_be_faster
 from sdfast.ntk.outputs import Outputs
 from sdfast.ntk.randomness import refuse_randomness
 from sdfast.ntk.record import Lengths, Record
 from sdfast.ntk.sample_rows import PathChangedError
 
 READS = 8  # further samples on which a value that is read must stay the same
-
-
-@dataclass
-class Findings:
-    """What the probe found.
-
-    Attributes:
-        steps: The differentiable calls of a forward pass.
-        looped: Parameters that are differentiated one sample at a time, with the reason.
-        unused: Parameters that no output depends on.
-        batch_norm_trains: Whether batch norm couples the samples: then all parameters are looped, in one batch.
-        all_looped: Whether a batch took another path than the probe, and all parameters were looped for it.
-        rules: By parameter: the names of the rules that serve it.
-        factors: By parameter that can be contracted: (T, d, p), d = 0 where A holds tokens.
-        biases: By bias of a layer with one position: its weight, whose factors hold its gradient too.
-        work: By parameter: FLOPs of one sample's gradient of one output.
-        reads: Whether the model makes numbers of Python out of values, which may choose its path.
-        activations: Bytes of what the operations on one sample give.
-        answers: Outputs of the probe's samples, by their number: what no batch may change but by rounding.
-        graph: How the outputs of three samples were computed; see `confirmation.graph_of`.
-        reused: Whether these are findings of another time.
-        before: Then the only output of the probe's samples, with its graph: the first pass is still to be compared
-            with its gradients.
-    """
-
-    steps: list[Step] = field(default_factory=list)
-    looped: dict[str, str] = field(default_factory=dict)
-    unused: list[str] = field(default_factory=list)
-    batch_norm_trains: bool = False
-    all_looped: bool = False
-    rules: dict[str, list[str]] = field(default_factory=dict)
-    factors: dict[str, tuple[int, int, int]] = field(default_factory=dict)
-    biases: dict[str, str] = field(default_factory=dict)
-    work: dict[str, int] = field(default_factory=dict)
-    reads: bool = False
-    activations: int = 0
-    answers: dict[int, Tensor] = field(default_factory=dict)
-    graph: Hashable = None
-    reused: bool = False
-    before: Tensor | None = None
 
 
 def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mapping[str, Tensor]) -> Findings:
@@ -90,6 +51,7 @@ def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mappin
     """
     generator = torch.Generator().manual_seed(0)
     picked = _picked(inputs)
+    inputs.channels_last = False
     three = inputs.pick(picked)
     values = jittered(parameters, generator)
     lengths = Lengths(parameters, values, frozen_batch_norm=True)
@@ -139,12 +101,23 @@ def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mappin
     del base  # with the tensors that it noted
     plain = outputs.columns(feeding.call(model, copies(three)), 3)
     findings.graph = graph_of(plain, parameters)
-    for guarded in (values,) if findings.batch_norm_trains else (values, None):
+
+    def guard(values: Mapping[str, Tensor] | None) -> None:
         try:
-            _guard(model, three, outputs, parameters, findings, guarded, plain, generator)
+            _guard(model, three, outputs, parameters, findings, values, plain, generator)
         except PathChangedError as error:
             findings.looped |= dict.fromkeys(parameters, f"the model takes another path on some samples: {error}")
-            _guard(model, three, outputs, parameters, findings, guarded, plain, generator)
+            _guard(model, three, outputs, parameters, findings, values, plain, generator)
+
+    guard(values)
+    followed = not (findings.looped or findings.reads)
+    found = None
+    if followed and may_be_faster(inputs, parameters, findings.rules, findings.activations):
+        found = _with_channels_last(model, inputs, outputs, parameters, findings, plain, generator)
+    if found is not None:
+        findings = found
+    elif not findings.batch_norm_trains:
+        guard(None)
     findings.answers = dict(zip(picked, plain.detach(), strict=True))
     if findings.looped and not findings.batch_norm_trains:
         looped = {name: parameters[name] for name in findings.looped}
@@ -155,6 +128,37 @@ def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mappin
             both = [_gradients_of(sample, model, tensors, outputs, looped) for tensors in (three, others)]
             refuse_coupled_gradients(list(looped), *both)
     return findings
+
+
+def _with_channels_last(
+    model: nn.Module,
+    inputs: Inputs,
+    outputs: Outputs,
+    parameters: Mapping[str, Tensor],
+    findings: Findings,
+    before: Tensor,
+    generator: torch.Generator,
+) -> Findings | None:
+    """The findings for inputs in that memory format, ``None`` where the model does not give the same in it.
+
+    A model may look at strides, or take views that this format does not have. So guard (b) stands here too, and outputs
+    and gradients are compared with those in the model's own format: `before`, with their graph.
+    """
+    found = findings.copied()
+    inputs.channels_last = found.channels_last = True
+    try:
+        three = inputs.pick(_picked(inputs))
+        plain = outputs.columns(feeding.call(model, copies(three)), 3)
+        found.graph = graph_of(plain, parameters)
+        if not far_apart(before.detach(), plain.detach(), before.detach()):
+            weights, gradients = _guard(model, three, outputs, parameters, found, None, plain, generator)
+            own = _exact((before * weights).sum(), {name: parameters[name] for name in gradients})
+            if not (found.looped or lie_apart(own, gradients)):
+                return found
+    except Exception:  # whatever it says against the format: the model is run as it was given
+        pass
+    inputs.channels_last = False
+    return None
 
 
 def confirmed(
@@ -179,6 +183,7 @@ def confirmed(
     """
     generator = torch.Generator().manual_seed(0)
     picked = _picked(inputs)
+    inputs.channels_last = findings.channels_last
     three = inputs.pick(picked)
     with refuse_randomness(model, inputs):
         plain = outputs.columns(feeding.call(model, copies(three)), 3)
@@ -281,10 +286,11 @@ def _guard(
     values: Mapping[str, Tensor] | None,
     plain: Tensor,
     generator: torch.Generator,
-) -> None:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Guard (b): captured gradients against autograd's, with the jittered values or with the model as it is.
 
-    `plain` are the outputs of the model as it is, with their graph.
+    `plain` are the outputs of the model as it is, with their graph. Gives the weights of all outputs in the sum that
+    was differentiated, and its gradients by autograd.
     """
     captured = {
         name: value for name, value in parameters.items() if name not in findings.looped and name not in findings.unused
@@ -319,6 +325,7 @@ def _guard(
             if isinstance(bias, str) and isinstance(weight, str) and len(mode.uses[bias]) == 1
             and findings.factors.get(weight, (0,))[0] == 1
         }  # fmt: skip
+    return weights * shares[:, None], exact
 
 
 def _mode(

@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from sdfast.ntk import inputs as feeding
+from sdfast.ntk.findings import Findings
 from sdfast.ntk.gram import gram_of
 from sdfast.ntk.outputs import Outputs
 from sdfast.ntk.planner import MEMORY
-from sdfast.ntk.probe import Findings
 from sdfast.ntk.sample_rows import PathChangedError
 from sdfast.ntk.source import Source, select_parameters
 from sdfast.ntk.unchanged import unchanged

@@ -18,9 +18,9 @@ from sdfast.ntk import panels
 from sdfast.ntk.capture import Capture
 from sdfast.ntk.confirmation import Confirmation
 from sdfast.ntk.coupling import refuse_other_answers, refuse_other_pieces
+from sdfast.ntk.findings import Findings
 from sdfast.ntk.inputs import Inputs
 from sdfast.ntk.outputs import Outputs
-from sdfast.ntk.probe import Findings
 from sdfast.ntk.sample_rows import PathChangedError
 from sdfast.ntk.verified import findings_of, forget
 
@@ -89,6 +89,7 @@ class Source:
             findings_of(model, inputs, outputs, parameters, afresh) if findings is None else findings
         )
         of_these = of_these or findings is None
+        inputs.channels_last = self.findings.channels_last
         # What the probe saw is known of its own inputs; batch norm in training mode changes it with the batch.
         self.answers = self.findings.answers if of_these and not self.findings.batch_norm_trains else {}
         before = self.findings.before if of_these else None

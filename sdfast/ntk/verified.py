@@ -9,7 +9,6 @@ are compared with theirs as a batch of their own. Where a pass shows that the fi
 all is found out anew. Nothing of a model or its samples is kept alive.
 """
 
-import copy
 import dataclasses
 import types
 import weakref
@@ -21,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from sdfast.ntk import layers
+from sdfast.ntk.findings import Findings
 from sdfast.ntk.inputs import Inputs
 from sdfast.ntk.outputs import Outputs
-from sdfast.ntk.probe import Findings, confirmed, probe
+from sdfast.ntk.probe import confirmed, probe
 from sdfast.ntk.sample_rows import PathChangedError
 
 AFRESH = 10  # times from one probe of a model to the next
@@ -90,7 +90,7 @@ def findings_of(
     if not (findings.reads or findings.looped or findings.unused or findings.batch_norm_trains):
         while len(known.kept) >= _KEPT:
             known.kept.pop(next(iter(known.kept)))  # the one not used for the longest
-        known.kept[key] = _Kept(dataclasses.replace(_copy(findings), answers={}), outputs.classes)
+        known.kept[key] = _Kept(dataclasses.replace(findings.copied(), answers={}), outputs.classes)
     return findings
 
 
@@ -120,7 +120,7 @@ def found_again(
     """
     if inputs.samples <= _FEW:
         return None
-    found = confirmed(model, inputs, outputs, parameters, _copy(findings))
+    found = confirmed(model, inputs, outputs, parameters, findings.copied())
     return found if outputs.classes == classes else None
 
 
@@ -173,17 +173,6 @@ def _key(inputs: Inputs, outputs: Outputs, parameters: Mapping[str, Tensor]) -> 
         return None
     shapes = tuple((key, tuple(tensor.shape[1:]), tensor.dtype) for key, tensor in inputs.tensors.items())
     return outputs.asked, shapes, inputs.device, tuple(parameters)
-
-
-def _copy(findings: Findings) -> Findings:
-    """What may be changed without a trace in the original."""
-    copied = copy.copy(findings)
-    for part in dataclasses.fields(findings):
-        value = getattr(findings, part.name)
-        if isinstance(value, dict | list):
-            setattr(copied, part.name, value.copy())
-    copied.steps = [dataclasses.replace(step) for step in findings.steps]
-    return copied
 
 
 def _is_plain_model(model: nn.Module) -> bool:

@@ -1,0 +1,171 @@
+"""Convolutions run with the channels last where that is faster, with the same result; other models as they are."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from sdfast.ntk import gram, memory_format, operator, plan, probe, sample_gradients
+
+from .oracle import assert_exact, gram_of, jacobian
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+
+class Pictures(nn.Module):
+    """Two convolutions; notes the memory format of what it is called with."""
+
+    seen: list[bool] = []  # noqa: RUF012
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3, 2), nn.Linear(36, 2)
+
+    def forward(self, x):
+        Pictures.seen.append(x.is_contiguous(memory_format=torch.channels_last))
+        return self.last(self.flat(torch.tanh(self.second(torch.tanh(self.first(x))))))
+
+    def flat(self, x):
+        return x.flatten(1)
+
+
+class Views(Pictures):
+    def flat(self, x):
+        return x.view(len(x), -1)
+
+
+class LooksAtStrides(Pictures):
+    def flat(self, x):
+        return x.flatten(1) * (1 if x.is_contiguous() else 1.5)
+
+
+class TakesAnotherPath(Pictures):
+    def flat(self, x):
+        return x.flatten(1) if x.is_contiguous() else (x + 0).flatten(1)
+
+
+class GivesOthersGradients(Pictures):
+    class Flat(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.shape, ctx.scale = x.shape, 1 if x.is_contiguous() else 1.5
+            return x.flatten(1)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return ctx.scale * gradient.reshape(ctx.shape)
+
+    def flat(self, x):
+        return self.Flat.apply(x)
+
+
+class FailsBackwards(GivesOthersGradients):
+    class Flat(GivesOthersGradients.Flat):
+        @staticmethod
+        def backward(ctx, gradient):
+            if ctx.scale != 1:
+                raise RuntimeError("view size is not compatible")
+            return gradient.reshape(ctx.shape)
+
+
+def given_last(compute):
+    """What it gives, and the memory formats of the calls."""
+    Pictures.seen.clear()
+    result = compute()
+    return result, list(Pictures.seen)
+
+
+@pytest.fixture
+def as_given(monkeypatch):
+    """Computes with all models in the format of their inputs."""
+
+    def compute(step):
+        with monkeypatch.context() as patch:
+            patch.setattr(probe, "may_be_faster", lambda *arguments: False)
+            return given_last(step)
+
+    return compute
+
+
+def test_convolutions_are_given_their_channels_last(as_given):
+    model, x = Pictures(), torch.randn(50, 3, 9, 9)
+    exact = gram_of(jacobian(model.double(), x.double()), "trace")
+    model.float()
+    whole, formats = given_last(lambda: gram(model, x, outputs="trace", batch_size=20))
+    assert not any(formats[:5]), "the guards see the model as it was given"
+    assert all(formats[-3:])
+    assert_exact(whole, exact, 1e-5)
+    again, formats = given_last(lambda: gram(model, x, outputs="trace", batch_size=20))
+    assert all(formats)
+    assert torch.equal(again, whole)
+    columns = gram(model, x, x[:7], outputs="trace")
+    torch.testing.assert_close(columns, whole[:, :7], rtol=1e-4, atol=1e-5 * float(whole.abs().max()))
+    assert x.is_contiguous()
+    assert model.first.weight.is_contiguous()
+
+
+def test_gradients_and_products_are_those_of_the_model_as_it_is_given(as_given):
+    model, x = Pictures(), torch.randn(40, 3, 9, 9)
+    ours, formats = given_last(lambda: sample_gradients(model, x, outputs=0))
+    assert all(formats[-1:])
+    theirs, formats = as_given(lambda: sample_gradients(unknown_copy(model), x, outputs=0))
+    assert not any(formats)
+    for name, rows in theirs.items():
+        torch.testing.assert_close(ours[name], rows, rtol=1e-4, atol=1e-5)
+    vectors = torch.randn(80, 3)
+    product, formats = given_last(lambda: operator(model, x, outputs="full") @ vectors)
+    assert all(formats[-1:])
+    other, _ = as_given(lambda: operator(unknown_copy(model), x, outputs="full") @ vectors)
+    torch.testing.assert_close(product, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+    assert plan(model, x, outputs="sum", calibrate=True).seconds.total > 0
+
+
+def unknown_copy(model):
+    """The same model, of which nothing is known yet."""
+    copied = type(model)()
+    copied.load_state_dict(model.state_dict())
+    return copied
+
+
+@pytest.mark.parametrize(
+    "network", [Views, LooksAtStrides, TakesAnotherPath, GivesOthersGradients, FailsBackwards], ids=lambda n: n.__name__
+)
+def test_a_model_that_minds_is_run_as_it_is(network, as_given):
+    model, x = network(), torch.randn(50, 3, 9, 9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        whole, formats = given_last(lambda: gram(model, x, outputs="trace"))
+    assert any(formats), "it was not tried"
+    assert not any(formats[-1:])
+    plain, formats = as_given(lambda: gram(unknown_copy(model), x, outputs="trace"))
+    assert not any(formats)
+    assert torch.equal(whole, plain)
+
+
+def test_pictures_that_are_so_already_stay_so():
+    model, x = Pictures(), torch.randn(50, 3, 9, 9).to(memory_format=torch.channels_last)
+    _, formats = given_last(lambda: gram(model, x, outputs="trace"))
+    assert all(formats)
+
+
+def test_sizes_decide():
+    """Two convolutions or more in float32 on pictures, small beside the activations."""
+    model, x = Pictures(), torch.randn(50, 3, 9, 9)
+    convolutions = {"first.weight": ["convolution 2d"], "second.weight": ["convolution 2d"], "last.weight": ["linear"]}
+    parameters = dict(model.named_parameters())
+    weights = 4 * (6 * 27 + 4 * 54)
+    enough = -(-8 * weights // 50)
+
+    def tried(inputs=x, named=parameters, rules=convolutions, activations=enough):
+        return memory_format.may_be_faster(memory_format.Inputs({0: inputs}, x.device, "x"), named, rules, activations)
+
+    assert tried()
+    assert not tried(activations=enough - 1)
+    assert not tried(inputs=x[:49])
+    assert tried(inputs=torch.randn(128, 3, 9, 9), activations=-(-8 * weights // 128))
+    assert not tried(inputs=torch.randn(500, 3, 9, 9), activations=-(-8 * weights // 128) - 1)
+    assert not tried(rules={"first.weight": ["convolution 2d"], "last.weight": ["linear"]})
+    assert not tried(named={name: value.double() for name, value in parameters.items()})
+    assert not tried(inputs=x.to(memory_format=torch.channels_last))
+    assert not tried(inputs=torch.randn(50, 12))
