@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kernel = parser.add_argument_group("kernel")
     kernel.add_argument("--outputs", default="mean", help="sum, trace, mean, or the index of one output")
     kernel.add_argument("--precision", choices=tuple(PRECISIONS), default="float32", help="of the products")
-    kernel.add_argument("--batch-size", type=int, help="samples of a micro-batch (default: 32 to 128, of an MLP 1024)")
+    kernel.add_argument("--batch-size", type=int, help="samples of a micro-batch (default: 32 to 192, of an MLP 1024)")
     kernel.add_argument("--memory", type=float, metavar="GIB", help="for gradients held at a time (default: 2)")
     kernel.add_argument("--device", default="cpu", help="where to compute")
     kernel.add_argument("--checkpoint", type=Path, metavar="FILE", help="continue from it, and write to it")

@@ -62,7 +62,7 @@ def gram(
             ``"float64"``, ``"bf16x3"`` (operands as the sum of two bf16 numbers), ``"tf32"``, ``"bf16"``: operands are
             rounded, sums are kept in float32 for at most 4096 terms and in float64 beyond. ``None``: the model's dtype.
         params: Names, shell patterns of names, or a function of the name; ``None`` for all that require grad.
-        batch_size: Samples of a micro-batch; by default 32 to 128, as many as have activations of 512 MiB, and up
+        batch_size: Samples of a micro-batch; by default 32 to 192, as many as have activations of 512 MiB, and up
             to 1024 where no layer has more than one position a sample; fewer where their activations would take more
             than `memory`. It does not change the result but by rounding.
         memory: Bytes that the gradients held at a time may take; 2 GiB by default. Less memory means more passes.

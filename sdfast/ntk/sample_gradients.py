@@ -31,7 +31,7 @@ def sample_gradients(
         outputs: ``None`` for a model of one output; ``"sum"`` over all, the index of one, a callable from the model's
             output to one scalar per sample (n,), or ``"per_class"`` for all.
         params: Names, shell patterns of names, or a function of the name; ``None`` for all that require grad.
-        batch_size: Samples of a micro-batch; by default 32 to 128, as many as have activations of 512 MiB, and up
+        batch_size: Samples of a micro-batch; by default 32 to 192, as many as have activations of 512 MiB, and up
             to 1024 where no layer has more than one position a sample. It does not change the result but by rounding.
 
     Returns:

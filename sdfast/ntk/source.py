@@ -26,7 +26,7 @@ from sdfast.ntk.verified import findings_of, forget
 
 # Samples of a micro-batch: many, as each costs the calls of all layers; fewer where activations would take more than so
 # many bytes; most where no layer has more than one position a sample, and its weight is what is read again for each.
-LEAST_BATCH_SIZE, BATCH_SIZE, BATCH_SIZE_OF_ONE_POSITION = 32, 128, 1024
+LEAST_BATCH_SIZE, BATCH_SIZE, BATCH_SIZE_OF_ONE_POSITION = 32, 192, 1024
 ACTIVATIONS = 2**29
 
 
