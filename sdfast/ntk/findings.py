@@ -26,6 +26,7 @@ class Findings:
         reads: Whether the model makes numbers of Python out of values, which may choose its path.
         activations: Bytes of what the operations on one sample give.
         channels_last: Whether the model is given its pictures in that memory format; see `memory_format`.
+        large_pictures: Whether that was to be tried, by the sizes of these inputs.
         answers: Outputs of the probe's samples, by their number: what no batch may change but by rounding.
         graph: How the outputs of three samples were computed; see `confirmation.graph_of`.
         reused: Whether these are findings of another time.
@@ -45,6 +46,7 @@ class Findings:
     reads: bool = False
     activations: int = 0
     channels_last: bool = False
+    large_pictures: bool = False
     answers: dict[int, Tensor] = field(default_factory=dict)
     graph: Hashable = None
     reused: bool = False

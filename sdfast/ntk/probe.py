@@ -111,8 +111,9 @@ def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mappin
 
     guard(values)
     followed = not (findings.looped or findings.reads)
+    findings.large_pictures = may_be_faster(inputs, parameters, findings.rules, findings.activations)
     found = None
-    if followed and may_be_faster(inputs, parameters, findings.rules, findings.activations):
+    if followed and findings.large_pictures:
         found = _with_channels_last(model, inputs, outputs, parameters, findings, plain, generator)
     if found is not None:
         findings = found
@@ -181,6 +182,8 @@ def confirmed(
     Raises:
         ValueError: The model draws random numbers.
     """
+    if may_be_faster(inputs, parameters, findings.rules, findings.activations) != findings.large_pictures:
+        return None  # of other sizes: a probe may choose the other memory format, and with it other bits
     generator = torch.Generator().manual_seed(0)
     picked = _picked(inputs)
     inputs.channels_last = findings.channels_last

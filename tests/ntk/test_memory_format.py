@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sdfast.ntk import gram, memory_format, operator, plan, probe, sample_gradients
+from sdfast.ntk.repeated import RepeatedGram
 
 from .oracle import assert_exact, gram_of, jacobian
 
@@ -147,6 +148,33 @@ def test_pictures_that_are_so_already_stay_so():
     model, x = Pictures(), torch.randn(50, 3, 9, 9).to(memory_format=torch.channels_last)
     _, formats = given_last(lambda: gram(model, x, outputs="trace"))
     assert all(formats)
+
+
+@pytest.mark.parametrize("before", [4, 50], ids=["few before", "many before"])
+def test_the_same_call_computes_the_same_bits_whatever_came_before(before):
+    """Findings of other sizes, by which the other memory format was chosen, do not serve."""
+    model, x = Pictures(), torch.randn(50, 3, 9, 9)
+    now = x[: 54 - before]
+    fresh, formats = given_last(lambda: gram(unknown_copy(model), now, outputs="trace"))
+    assert formats[-1] == (before == 4)
+    gram(model, x[:before], outputs="trace")
+    for compute in (lambda: gram(model, now, outputs="trace"), lambda: RepeatedGram("trace")(model, now)[0]):
+        kept, seen = given_last(compute)
+        assert seen[-1] == formats[-1]
+        assert torch.equal(kept, fresh)
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(2, 6), nn.InstanceNorm2d(6, affine=True)], ids=["group", "instance"])
+def test_the_last_micro_batch_may_be_of_one_sample(norm):
+    model, x = Pictures(), torch.randn(21, 3, 9, 9)
+    model.first = nn.Sequential(nn.Conv2d(3, 6, 3), norm)
+    exact = gram_of(jacobian(model.double(), x.double()), "trace")
+    model.float()
+    whole, formats = given_last(lambda: gram(model, x, outputs="trace", batch_size=10))
+    assert all(formats[-3:])
+    assert_exact(whole, exact, 1e-5)
+    alone = gram(model, x[:1].to(memory_format=torch.channels_last), outputs="trace")
+    assert_exact(alone, exact[:1, :1], 1e-5)
 
 
 def test_sizes_decide():

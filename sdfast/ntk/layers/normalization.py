@@ -232,7 +232,10 @@ def _row_statistics(data: Tensor, groups: int, eps: float) -> tuple[Tensor, Tens
     """Mean and 1 / standard deviation of a row's group of channels, as torch finds them: (samples, rows, channels)."""
     rows, channels = data.shape[:2].numel(), data.shape[2]
     positions = data[0, 0, 0].numel() if rows else 1
-    _, *statistics = torch.native_group_norm(data.flatten(0, 1), None, None, rows, channels, positions, groups, eps)
+    flat = data.flatten(0, 1)
+    if rows == 1:  # with the channels last, its strides may be none that torch takes for either memory format
+        flat = flat.contiguous()
+    _, *statistics = torch.native_group_norm(flat, None, None, rows, channels, positions, groups, eps)
     mean, rstd = (part.repeat_interleave(channels // groups, 1).unflatten(0, data.shape[:2]) for part in statistics)
     return mean, rstd
 
