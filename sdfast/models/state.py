@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_UNREADABLE = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError)
+_UNREADABLE = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    EOFError,
+    pickle.UnpicklingError,
+)
 _TOLD = 4  # entries that do not fit; there may be hundreds
 
 
@@ -40,15 +49,7 @@ def load_state(model: nn.Module, path: Path, flag: str) -> nn.Module:
 def _read(path: Path, flag: str) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        RuntimeError,
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        EOFError,
-        pickle.UnpicklingError,
-    ) as error:
+    except _UNREADABLE as error:
         if "GLOBAL" in str(error):  # what torch calls a class, or a function, that it does not take from a file
             wanted = "wanted what torch.save(model.state_dict(), ...) writes"
             raise ValueError(f"{flag}: {path} holds objects beside tensors, {wanted}") from None
@@ -62,9 +63,16 @@ def _misfits(state: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> list[str
     for name, tensor in wanted.items():
         if not isinstance(state.get(name), Tensor):
             told.append(f"{name} is missing")
+        elif not _is_plain(state[name]) or (state[name].is_complex() and not tensor.is_complex()):
+            told.append(f"{name} is sparse, nested, quantised, complex or without values")
         elif state[name].shape != tensor.shape:
             told.append(f"{name} is {tuple(state[name].shape)} and not {tuple(tensor.shape)}")
     return told + [f"the network has no {name}" for name in state if name not in wanted]
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a parameter can be copied from it."""
+    return tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized or tensor.is_meta)
 
 
 def _some(parts: list[str]) -> str:

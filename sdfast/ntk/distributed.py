@@ -25,17 +25,16 @@ class Shards:
 
     Args:
         group: A ``torch.distributed`` process group, or ``None``: this process alone.
-        device: Of the model.
         continues: Whether a run that is started again goes on where this one ends.
 
     Raises:
         TypeError: `group` is no process group.
-        ValueError: This process is not in it, or its backend does not serve the device.
+        ValueError: This process is not in it.
         RuntimeError: torch.distributed is not initialised.
     """
 
-    def __init__(self, group: Any, device: torch.device, continues: bool = False) -> None:
-        self.group, self.device, self.rank, self.world = group, device, 0, 1
+    def __init__(self, group: Any, continues: bool = False) -> None:
+        self.group, self.device, self.rank, self.world = group, torch.device("cpu"), 0, 1
         self.advice = f"; {_CONTINUE}" if continues else ""
         if group is None:
             return
@@ -49,7 +48,15 @@ class Shards:
                 f"group: got {type(group).__name__}, wanted a process group such as torch.distributed.group.WORLD"
             )
         self.rank, self.world = distributed.get_rank(group), distributed.get_world_size(group)
-        backend = distributed.get_backend(group)
+
+    def serve(self, device: torch.device) -> None:
+        """Exchanges matrices from the device of the model.
+
+        Raises:
+            ValueError: The backend of the group does not.
+        """
+        self.device = device
+        backend = "" if self.group is None else torch.distributed.get_backend(self.group)
         if backend == "nccl" and device.type != "cuda":
             raise ValueError(
                 f"group: its backend is nccl and the model is on {device.type}; move the model, or use gloo"

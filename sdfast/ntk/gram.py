@@ -89,14 +89,16 @@ def gram(
         MemoryError: The result does not fit, or `memory` is too small for one column of gradients.
         RuntimeError: Another process of the group failed or is gone.
     """
-    asked = Outputs(outputs)
-    parameters = select_parameters(model, params)
-    first = next(iter(parameters.values()))
-    precision = check_precision(precision, first)
-    check_batch_size(batch_size)
-    memory = check_memory(memory)
-    rates = rates_of(plan)
-    shards = Shards(group, first.device, checkpoint is not None)
+    shards = Shards(group, checkpoint is not None)
+    with shards.together(resumable=False):
+        asked = Outputs(outputs)
+        parameters = select_parameters(model, params)
+        first = next(iter(parameters.values()))
+        precision = check_precision(precision, first)
+        check_batch_size(batch_size)
+        memory = check_memory(memory)
+        rates = rates_of(plan)
+        shards.serve(first.device)
     with unchanged(model, first.device):
         with shards.together(resumable=False):
             rows = feeding.read(x1, first, "x1")
@@ -159,7 +161,7 @@ def gram_of(source: Source) -> Tensor:
     """
     first = next(iter(source.parameters.values()))
     precision = check_precision(None, first)
-    run = _Run(source, source, precision, check_memory(None), None, None, Shards(None, first.device))
+    run = _Run(source, source, precision, check_memory(None), None, None, Shards(None))
     result = Result(source.outputs, source.samples, source.samples, precision, first.device, symmetric=True, out=None)
     _fill_or_loop(result, run, None, False)
     say(source.findings)

@@ -29,6 +29,15 @@ def states():
         mlp((8, 4, 2)),
         "holds objects beside tensors, wanted what torch.save(model.state_dict(), ...) writes",
     )
+    weight = mlp((8, 4, 2)).state_dict()["0.weight"]
+    for name, other in {
+        "sparse": weight.to_sparse(),
+        "without values": weight.to("meta"),
+        "complex": weight.to(torch.complex64),
+        "nested": torch.nested.nested_tensor([*weight], layout=torch.jagged),
+    }.items():
+        told = "does not fit the network: 0.weight is sparse, nested, quantised, complex or without values"
+        yield name, mlp((8, 4, 2)).state_dict() | {"0.weight": other}, told
     yield "tensor", torch.zeros(3), "holds a Tensor, wanted a state_dict"
     for name, content in {"empty": b"", "text": b"no pickle", "number": b"101"}.items():
         yield name, content, "is no file of torch.save, or not the whole of one"
@@ -55,5 +64,16 @@ def test_a_part_of_a_file(tmp_path):
     torch.save(mlp((8, 4, 2)).state_dict(), tmp_path / "w.pt")
     whole = (tmp_path / "w.pt").read_bytes()
     (tmp_path / "w.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"--weights: .*w\.pt is no file of torch.save, or not the whole of one"):
+        load_state(mlp((8, 4, 2)), tmp_path / "w.pt", "--weights")
+
+
+def test_damage_to_a_file_of_the_older_kind(tmp_path):
+    """Whose tensors name the data behind them."""
+    torch.save(mlp((8, 4, 2)).state_dict(), tmp_path / "w.pt", _use_new_zipfile_serialization=False)
+    content = (tmp_path / "w.pt").read_bytes()
+    key = re.search(rb"cpu.*?X.\x00\x00\x00(\d+)|X.\x00\x00\x00(\d{6,})", content)
+    start = key.start(1) if key[1] else key.start(2)
+    (tmp_path / "w.pt").write_bytes(content[:start] + b"x" + content[start + 1 :])
     with pytest.raises(ValueError, match=r"--weights: .*w\.pt is no file of torch.save, or not the whole of one"):
         load_state(mlp((8, 4, 2)), tmp_path / "w.pt", "--weights")

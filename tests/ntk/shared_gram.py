@@ -44,6 +44,7 @@ def cases(rank, folder):
     yield "small", lambda: gram(model, x, group=world, memory=20_000, **OPTIONS)
     yield "columns", lambda: gram(model, x, x[:7] * 2, group=world, **OPTIONS)
     yield "out", lambda: gram(model, x, group=world, out=torch.full((50, 100), torch.nan)[:, ::2], **OPTIONS)
+    yield "argument", lambda: gram(model, x, group=world, params=["none"] if rank else None, **OPTIONS)
     yield "bad", lambda: gram(model, x if rank == 0 else x.double(), group=world, checkpoint=folder / "b.pt", **OPTIONS)
     yield "differ", lambda: gram(model, x * (1 + rank), group=world, **OPTIONS)
     yield "checkpoint", lambda: gram(model, x, group=world, memory=20_000, checkpoint=folder / "c.pt", **OPTIONS)

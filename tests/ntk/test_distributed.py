@@ -28,7 +28,7 @@ def shared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shared")
     scenarios = [f"{SAME}:2:two", f"{SAME}:3:three"]
     scenarios += [f"{name}:2:{how}" for how in ("die", "raise") for name in (how, "continue")]
-    scenarios += ["bad:2:bad", "broken:2:broken"]
+    scenarios += ["argument:2:argument", "bad:2:bad", "broken:2:broken"]
     full = [f"{name}:{world}:{folder / where}" for name, world, where in (s.split(":") for s in scenarios)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(HERE / "shared_gram.py"), *full]
@@ -77,6 +77,7 @@ def test_a_process_that_ends_ends_all_and_the_checkpoints_continue(how, shared):
 @pytest.mark.parametrize(
     ("scenario", "file", "reason"),
     [
+        ("argument", "argument", "ValueError: params: 'none' matches none of the parameters 0.weight, .*"),
         ("bad", "bad", "ValueError: x1: got float64, wanted float32 as the model's parameters"),
         ("broken", "checkpoint", "ValueError: checkpoint: .*c.pt.1 is no checkpoint of a Gram matrix: .*"),
     ],
@@ -94,7 +95,7 @@ def test_processes_share_evenly():
     """Every group once, and none with more than its part and one group."""
     model = zoo.mlp()
     made = plan(model, torch.randn(30, 4), outputs="sum", memory=1500)
-    shards = distributed.Shards(None, torch.device("cpu"))
+    shards = distributed.Shards(None)
     for world in (1, 2, 3, 50):
         shares = []
         for rank in range(world):
