@@ -120,7 +120,7 @@ def plan_of(
     made.form, made.classes, made.samples, made.symmetric = form, classes, samples, symmetric
     made.precision, made.batch_size, made.memory = precision, left.batch_size, memory
     made.itemsize, made.rates = first.element_size(), rates
-    made.activations = left.batch_size * left.findings.activations
+    made.activations = max(left.batch_size, right.batch_size) * left.findings.activations
     # Beside streamed factors lie the columns that are formed from them and the tiles of H, each an eighth at most.
     share = memory - (memory // 4 if any(entry.method == "stream" for entry in made.entries) else 0)
     if shares > 1:

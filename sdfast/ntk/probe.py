@@ -8,6 +8,7 @@ the factors of a layer that may be contracted stand for its gradient. A paramete
 module for instance, is differentiated one sample at a time too. Nothing is left out.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -114,7 +115,9 @@ def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mappin
     findings.large_pictures = may_be_faster(inputs, parameters, findings.rules, findings.activations)
     found = None
     if followed and findings.large_pictures:
-        found = _with_channels_last(model, inputs, outputs, parameters, findings, plain, generator)
+        with warnings.catch_warnings():  # of a format that the user did not choose
+            warnings.simplefilter("ignore")
+            found = _with_channels_last(model, inputs, outputs, parameters, findings, plain, generator)
     if found is not None:
         findings = found
     elif not findings.batch_norm_trains:

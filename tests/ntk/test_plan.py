@@ -111,6 +111,14 @@ def test_little_memory_makes_small_micro_batches():
     assert plan(looped, x, memory=4 * 384 * 7).batch_size <= 7
 
 
+def test_the_activations_of_the_larger_side_are_counted():
+    model, x = zoo.mlp(), torch.randn(30, 4)
+    whole = plan(model, x, outputs="sum").activations
+    assert whole > 0
+    assert plan(model, x, x[:5], outputs="sum").activations == whole
+    assert plan(model, x[:5], x, outputs="sum").activations == whole
+
+
 def test_the_factors_of_a_symmetric_matrix_are_held_once():
     """So they fit in as much memory as they take."""
     model, x = nn.Linear(40, 30), torch.randn(50, 40)
