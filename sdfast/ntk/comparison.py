@@ -10,7 +10,6 @@ from sdfast.ntk.factors import backward_factors
 
 _CACHED = 2**16  # entries
 _LARGEST_SHARE = 1e6  # of a sample in a sum, over the smallest
-_UNITS = 0.05  # what some units of many may change of a gradient
 _LOST = 1e-24  # a sum of squares below it may have lost those that its dtype cannot hold
 UNSEEN = "used where no torch function shows it: in a scripted module, or a custom autograd.Function"
 
@@ -49,12 +48,13 @@ def loop_what_differs(
             looped.setdefault(name, f"its captured {seen} differs from autograd's" if seen else UNSEEN)
 
 
-def lie_apart(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
-    """Whether two computations of the same gradients differ by more than a few units of a ReLU near 0 make them.
+def lie_apart(left: Mapping[str, Tensor], right: Mapping[str, Tensor], share: float) -> bool:
+    """Whether two computations of the same numbers differ by more than that share of their norm.
 
     Args:
-        left: By parameter.
+        left: By name.
         right: Likewise.
+        share: Allowed.
 
     Returns:
         Whether; of all together.
@@ -62,7 +62,7 @@ def lie_apart(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
     apart = math.hypot(*(_exact_norm(gradient.double() - right[name].double()) for name, gradient in left.items()))
     total = math.hypot(*(_exact_norm(gradient) for gradient in left.values()))
     same_places = all(torch.equal(gradient.isfinite(), right[name].isfinite()) for name, gradient in left.items())
-    return apart > _UNITS * total or not same_places
+    return apart > share * total or not same_places
 
 
 def shares_of(rows: Mapping[str, Tensor], like: Tensor, generator: torch.Generator) -> Tensor:

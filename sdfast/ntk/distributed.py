@@ -17,6 +17,7 @@ from sdfast.ntk.plan import Plan
 from sdfast.ntk.sample_rows import PathChangedError
 
 _DONE, _PATH_CHANGED, _FAILED = range(3)
+_LONGEST = 500  # characters of a message
 _CONTINUE = "started again with the same checkpoint=, all processes continue with the groups that are missing"
 
 
@@ -113,7 +114,7 @@ class Shards:
             raise
         except BaseException as error:
             with suppress(RuntimeError):  # that others failed too: this one says why it did
-                self._agree(_FAILED, f"{type(error).__name__}: {error}", resumable)
+                self._agree(_FAILED, _told(error), resumable)
             raise
         self._agree(_DONE, "", resumable)
 
@@ -131,7 +132,7 @@ class Shards:
         states = self._gathered((state, reason))
         failed = [(rank, told) for rank, (other, told) in enumerate(states) if other == _FAILED]
         if failed and state != _FAILED:
-            told = "; ".join(f"rank {rank} failed with {why.splitlines()[0]}" for rank, why in failed)
+            told = "; ".join(f"rank {rank} failed with {why}" for rank, why in failed)
             raise RuntimeError(f"group: {told}{self.advice if resumable else ''}")
         changed = [told for other, told in states if other == _PATH_CHANGED]
         if changed and state == _DONE:
@@ -153,6 +154,15 @@ class Shards:
         except RuntimeError as error:  # whatever the backend: that is all they have in common
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise RuntimeError(f"group: a process is gone ({first}){self.advice}") from error
+
+
+def _told(error: BaseException) -> str:
+    """Its class and the first line of its message, which may itself fail."""
+    try:
+        lines = str(error).splitlines()
+    except Exception:
+        lines = []
+    return f"{type(error).__name__}: {lines[0][:_LONGEST]}" if lines else type(error).__name__
 
 
 def _weight(plan: Plan, group: Group) -> float:

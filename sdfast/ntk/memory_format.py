@@ -6,10 +6,11 @@ whose result is put back into another order, gains nothing.
 """
 
 import math
+import weakref
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdfast.ntk.inputs import Inputs, is_picture
 
@@ -47,3 +48,22 @@ def may_be_faster(
     ]
     held = min(inputs.samples, _SAMPLES) * activations
     return len(weights) > 1 and held >= _TIMES * sum(weights) * first.element_size()
+
+
+class FormatRefusedError(RuntimeError):
+    """A model failed with the channels last; it is to be run as it is given."""
+
+
+_refused: dict[int, weakref.ref] = {}  # by identity: a model may compare by anything
+
+
+def refuse(model: nn.Module) -> None:
+    """Notes that a model is not to be tried again."""
+    number = id(model)
+    _refused[number] = weakref.ref(model, lambda _: _refused.pop(number, None))
+
+
+def is_refused(model: nn.Module) -> bool:
+    """Whether it failed with the channels last before."""
+    noted = _refused.get(id(model))
+    return noted is not None and noted() is model

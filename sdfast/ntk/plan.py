@@ -12,6 +12,7 @@ from sdfast.ntk import costs
 from sdfast.ntk.costs import Rates
 from sdfast.ntk.findings import Findings
 from sdfast.ntk.layers.kernels import TORCH, kernel_for
+from sdfast.ntk.products import PAIRS_AT_ONCE
 
 if TYPE_CHECKING:
     from sdfast.ntk.blocks import Group
@@ -174,14 +175,20 @@ class Plan:
 
     @property
     def peak_memory(self) -> int:
-        """Bytes of the gradients of the largest group, of the activations of a micro-batch and of H."""
+        """Bytes of the gradients of the largest group, of a micro-batch's activations, of H, and of pairs of positions.
+
+        What torch's operations take while they work comes on top.
+        """
         by_name = {entry.name: entry for entry in self.entries}
         column = self.everyone * self.classes * self.itemsize
         held = [
             group.width * column + sum(by_name[name].memory for name in (*group.factored, *group.streamed))
             for group in self.groups
         ]
-        return max(held, default=0) + self.activations + self.result_bytes
+        positions = [entry.factors[0] for entry in self.entries if entry.method == "contract" and entry.factors]
+        pairs = max(positions, default=0) ** 2 * math.prod(self.samples) if max(positions, default=0) > 1 else 0
+        work = 3 * 8 * min(pairs, PAIRS_AT_ONCE)  # both products and the product of both, in float64
+        return max(held, default=0) + self.activations + self.result_bytes + work
 
     def settings(self) -> dict[str, object]:
         """What a call of `gram` must share with the plan that it is given."""

@@ -21,17 +21,20 @@ from sdfast.ntk.capture import Capture, Origin, ParameterMode, Seen, Step
 from sdfast.ntk.comparison import UNSEEN, lie_apart, loop_what_differs, shares_of
 from sdfast.ntk.confirmation import graph_of
 from sdfast.ntk.costs import may_serve
-from sdfast.ntk.coupling import far_apart, refuse_coupled_gradients, refuse_coupling, refuse_places
+from sdfast.ntk.coupling import refuse_coupled_gradients, refuse_coupling, refuse_places
 from sdfast.ntk.findings import Findings
 from sdfast.ntk.inputs import Inputs
 from sdfast.ntk.layers import GENERIC, LOOP, Call
 from sdfast.ntk.layers.generic import CANNOT_VMAP
-from sdfast.ntk.memory_format import may_be_faster
+from sdfast.ntk.memory_format import is_refused, may_be_faster
 from sdfast.ntk.outputs import Outputs
 from sdfast.ntk.randomness import refuse_randomness
 from sdfast.ntk.record import Lengths, Record
 from sdfast.ntk.sample_rows import PathChangedError
 
+# What another memory format may change of them. Of 40 ResNets drawn at random the gradients of three samples changed by
+# 2e-7 (the median) to 5e-4, where a unit of a ReLU lies so near 0 that rounding decides, and outputs by up to 7e-6.
+_OF_OUTPUTS, _OF_GRADIENTS = 1e-4, 5e-3
 READS = 8  # further samples on which a value that is read must stay the same
 
 
@@ -114,7 +117,7 @@ def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mappin
     followed = not (findings.looped or findings.reads)
     findings.large_pictures = may_be_faster(inputs, parameters, findings.rules, findings.activations)
     found = None
-    if followed and findings.large_pictures:
+    if followed and findings.large_pictures and not is_refused(model):
         with warnings.catch_warnings():  # of a format that the user did not choose
             warnings.simplefilter("ignore")
             found = _with_channels_last(model, inputs, outputs, parameters, findings, plain, generator)
@@ -154,10 +157,10 @@ def _with_channels_last(
         three = inputs.pick(_picked(inputs))
         plain = outputs.columns(feeding.call(model, copies(three)), 3)
         found.graph = graph_of(plain, parameters)
-        if not far_apart(before.detach(), plain.detach(), before.detach()):
+        if not lie_apart({"": before.detach()}, {"": plain.detach()}, _OF_OUTPUTS):
             weights, gradients = _guard(model, three, outputs, parameters, found, None, plain, generator)
             own = _exact((before * weights).sum(), {name: parameters[name] for name in gradients})
-            if not (found.looped or lie_apart(own, gradients)):
+            if not (found.looped or lie_apart(own, gradients, _OF_GRADIENTS)):
                 return found
     except Exception:  # whatever it says against the format: the model is run as it was given
         pass

@@ -29,7 +29,7 @@ __all__ = [
     "tile_of_rows",
 ]
 
-_PAIRS = 2**22  # position pairs of a contraction alive at once
+PAIRS_AT_ONCE = 2**22  # position pairs of a contraction alive at once
 
 
 @contextmanager
@@ -109,7 +109,7 @@ def tile_of_factors(
     """
     (a, b), (other_a, other_b) = left, right
     positions, other_positions = a.shape[1], other_a.shape[1]
-    rows = max(1, _PAIRS // (positions * other_positions * len(other_a)))
+    rows = max(1, PAIRS_AT_ONCE // (positions * other_positions * len(other_a)))
     tiles = []
     for start in range(0, len(a), rows):
         part = slice(start, start + rows)

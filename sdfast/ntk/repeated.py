@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from sdfast.ntk import inputs as feeding
 from sdfast.ntk.findings import Findings
 from sdfast.ntk.gram import gram_of
+from sdfast.ntk.memory_format import FormatRefusedError
 from sdfast.ntk.outputs import Outputs
 from sdfast.ntk.planner import MEMORY
 from sdfast.ntk.sample_rows import PathChangedError
 from sdfast.ntk.source import Source, select_parameters
 from sdfast.ntk.unchanged import unchanged
-from sdfast.ntk.verified import found_again, state_of
+from sdfast.ntk.verified import found_again, retried, state_of
 
 _HELD = 2**28  # bytes that may be kept from matrix to matrix
 
@@ -61,14 +62,18 @@ class RepeatedGram:
                     try:
                         return _matrix(Source(model, inputs, self._outputs, parameters, None, found, memory=MEMORY,
                                               keep_outputs=True, spare=self._spare, of_these=True))  # fmt: skip
-                    except PathChangedError:
+                    except (PathChangedError, FormatRefusedError):
                         pass  # the findings hold no longer: probed below as if for the first time
             self._spare = None
             self._findings, self._outputs, self._state, self.reused = None, Outputs(self.asked), state, 0
-            source = Source(
-                model, inputs, self._outputs, parameters, None, keep_outputs=True, afresh=True, memory=MEMORY
-            )
-            result = _matrix(source)
+
+            def compute(_: bool) -> tuple[tuple[Tensor, Tensor], Source]:
+                source = Source(
+                    model, inputs, self._outputs, parameters, None, keep_outputs=True, afresh=True, memory=MEMORY
+                )
+                return _matrix(source), source
+
+            result, source = retried(compute, afresh=True)
             found = source.findings
             if not (found.reads or found.all_looped or found.batch_norm_trains):
                 self._findings, self._spare = found, self._memory(source)

@@ -20,6 +20,7 @@ from sdfast.ntk.confirmation import Confirmation
 from sdfast.ntk.coupling import refuse_other_answers, refuse_other_pieces
 from sdfast.ntk.findings import Findings
 from sdfast.ntk.inputs import Inputs
+from sdfast.ntk.memory_format import FormatRefusedError, refuse
 from sdfast.ntk.outputs import Outputs
 from sdfast.ntk.sample_rows import PathChangedError
 from sdfast.ntk.verified import findings_of, forget
@@ -142,12 +143,19 @@ class Source:
 
         Raises:
             PathChangedError: A micro-batch took another way through the model than the probe did.
+            FormatRefusedError: The model failed in a memory format that is not its inputs' own.
         """
         try:
             yield from self._chunks(wanted, factored, panels)
         except PathChangedError:
             forget(self.model)
             raise
+        except Exception as error:
+            if not self.inputs.channels_last:
+                raise
+            forget(self.model)
+            refuse(self.model)
+            raise FormatRefusedError(str(error)) from error
 
     def _chunks(
         self, wanted: Iterable[str], factored: Iterable[str], panels: Mapping[str, Tensor] | None

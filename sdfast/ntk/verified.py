@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sdfast.ntk import layers
 from sdfast.ntk.findings import Findings
 from sdfast.ntk.inputs import Inputs
+from sdfast.ntk.memory_format import FormatRefusedError
 from sdfast.ntk.outputs import Outputs
 from sdfast.ntk.probe import confirmed, probe
 from sdfast.ntk.sample_rows import PathChangedError
@@ -130,7 +131,9 @@ def found_again(
 
 
 def retried(compute: Callable[[bool], _T], afresh: bool = False) -> _T:
-    """What `compute` gives; once more, with the model probed, where findings of another time turn out not to hold.
+    """What `compute` gives; once more, with the model probed, where what it rests on turns out not to hold.
+
+    Findings of another time may not, and a model may fail in a memory format that it was tried in.
 
     Args:
         compute: Takes whether to probe the model whatever is known of it.
@@ -139,12 +142,15 @@ def retried(compute: Callable[[bool], _T], afresh: bool = False) -> _T:
     Returns:
         Its result.
     """
-    if not afresh:
-        try:
-            return compute(False)
-        except PathChangedError:
-            pass
-    return compute(True)
+    try:
+        if not afresh:
+            try:
+                return compute(False)
+            except PathChangedError:
+                pass
+        return compute(True)
+    except FormatRefusedError:
+        return compute(True)
 
 
 def forget(model: nn.Module) -> None:

@@ -91,6 +91,17 @@ def test_what_a_process_refuses_ends_all_with_its_reason(scenario, file, reason,
     assert "started again" not in told, "that would fail again"
 
 
+def test_a_message_that_fails_is_told_by_its_class():
+    class UnsayableError(Exception):
+        def __str__(self):
+            raise RuntimeError("no message")
+
+    assert distributed._told(UnsayableError()) == "UnsayableError"
+    assert distributed._told(KeyboardInterrupt()) == "KeyboardInterrupt"
+    assert distributed._told(ValueError("first\nsecond")) == "ValueError: first"
+    assert len(distributed._told(ValueError("x" * 10**5))) < 600
+
+
 def test_processes_share_evenly():
     """Every group once, and none with more than its part and one group."""
     model = zoo.mlp()

@@ -119,6 +119,19 @@ def test_the_activations_of_the_larger_side_are_counted():
     assert plan(model, x[:5], x, outputs="sum").activations == whole
 
 
+def test_pairs_of_positions_are_counted():
+    """Both products of a tile and the product of both, of layers with several positions alone."""
+    layer = nn.Linear(200, 200, bias=False)
+    few, one = (plan(nn.Sequential(layer, nn.Flatten()), torch.randn(9, t, 200), outputs=0) for t in (3, 1))
+    assert [entry(made, "0.weight").method for made in (few, one)] == ["contract", "contract"]
+    held = [made.activations + entry(made, "0.weight").memory + 4 * 9 * 9 for made in (few, one)]
+    assert few.peak_memory == held[0] + 24 * (9 * 3) ** 2
+    assert one.peak_memory == held[1]
+    many = plan(nn.Sequential(layer, nn.Flatten()), torch.randn(1500, 3, 200), outputs=0)
+    assert entry(many, "0.weight").method == "contract"
+    assert many.peak_memory == many.activations + entry(many, "0.weight").memory + 4 * 1500**2 + 24 * 2**22
+
+
 def test_the_factors_of_a_symmetric_matrix_are_held_once():
     """So they fit in as much memory as they take."""
     model, x = nn.Linear(40, 30), torch.randn(50, 40)
