@@ -361,7 +361,7 @@ def test_frozen_parameters_are_left_out(function):
 
 def test_every_form_of_contraction(monkeypatch):
     """Small tiles of position pairs, and layers that the counted rule would never contract."""
-    monkeypatch.setattr(products, "_PAIRS", 40)
+    monkeypatch.setattr(products, "PAIRS_AT_ONCE", 40)
     monkeypatch.setattr("sdfast.ntk.costs.contracts", lambda *a: True)
     monkeypatch.setattr("sdfast.ntk.probe.may_serve", lambda *a: True)
     for name in (
