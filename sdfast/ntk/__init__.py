@@ -14,7 +14,7 @@ How the parts meet, from the model to the matrix; each layer knows only the one 
   (samples, T), B (samples, T, p), for one output at a time. Of any subset of
   parameters: no other is differentiated.
 - `plan.make_plan` → `Plan`: materialise, contract, loop or zero, for each parameter. `costs` counts, `calibration`
-  times, `planner.plan_of` is where `gram` and the public `plan` choose alike.
+  times, `request.request_of` and `planner.plan_of` are where `gram` and the public `plan` read and choose alike.
 - `blocks.groups_of(plan, samples, classes, itemsize, memory)` → each a `Group` of `Piece(parameter, start, stop)`
   columns and contracted parameters that fit in memory; ``blocks.collect(source, group)`` makes the pass and gives a
   `Block`:

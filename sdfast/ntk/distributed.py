@@ -13,10 +13,12 @@ from torch import Tensor
 
 from sdfast.ntk import costs
 from sdfast.ntk.blocks import Group
+from sdfast.ntk.memory_format import FormatRefusedError
 from sdfast.ntk.plan import Plan
 from sdfast.ntk.sample_rows import PathChangedError
 
-_DONE, _PATH_CHANGED, _FAILED = range(3)
+_DONE, _PATH_CHANGED, _FORMAT_REFUSED, _FAILED = range(4)  # the worst of all processes' decides
+_AGAIN = {_PATH_CHANGED: PathChangedError, _FORMAT_REFUSED: FormatRefusedError}  # all processes begin anew
 _LONGEST = 500  # characters of a message
 _CONTINUE = "started again with the same checkpoint=, all processes continue with the groups that are missing"
 
@@ -105,12 +107,14 @@ class Shards:
 
         Raises:
             PathChangedError: Somewhere a micro-batch took another path; raised in every process.
+            FormatRefusedError: Somewhere the model failed in a memory format; raised in every process.
             RuntimeError: Another process failed.
         """
         try:
             yield
-        except PathChangedError as error:
-            self._agree(_PATH_CHANGED, str(error), resumable)
+        except tuple(_AGAIN.values()) as error:
+            state = next(state for state, kind in _AGAIN.items() if isinstance(error, kind))
+            self._agree(state, str(error), resumable)
             raise
         except BaseException as error:
             with suppress(RuntimeError):  # that others failed too: this one says why it did
@@ -129,14 +133,16 @@ class Shards:
             total.copy_(whole)
 
     def _agree(self, state: int, reason: str, resumable: bool) -> None:
+        """Raises what other processes met, where that is worse than what this one did."""
         states = self._gathered((state, reason))
-        failed = [(rank, told) for rank, (other, told) in enumerate(states) if other == _FAILED]
-        if failed and state != _FAILED:
-            told = "; ".join(f"rank {rank} failed with {why}" for rank, why in failed)
+        worst = max(other for other, _ in states)
+        reasons = {rank: told for rank, (other, told) in enumerate(states) if other == worst}
+        if worst == state:
+            return
+        if worst == _FAILED:
+            told = "; ".join(f"rank {rank} failed with {why}" for rank, why in reasons.items())
             raise RuntimeError(f"group: {told}{self.advice if resumable else ''}")
-        changed = [told for other, told in states if other == _PATH_CHANGED]
-        if changed and state == _DONE:
-            raise PathChangedError(changed[0])
+        raise _AGAIN[worst](next(iter(reasons.values())))
 
     def _gathered(self, value: Any) -> Sequence[Any]:
         if self.world == 1:

@@ -9,20 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from sdfast.data.fingerprint import content_hash
-from sdfast.ntk import inputs as feeding
 from sdfast.ntk.blocks import Block, Group, collect
 from sdfast.ntk.checkpoint import Checkpoint, settings_of
 from sdfast.ntk.costs import Rates
 from sdfast.ntk.distributed import Shards
-from sdfast.ntk.outputs import Outputs
 from sdfast.ntk.plan import Plan
-from sdfast.ntk.planner import check_memory, check_plan, check_precision, plan_of, rates_of
+from sdfast.ntk.planner import check_plan, plan_of, rates_of
 from sdfast.ntk.products import products_in
 from sdfast.ntk.progress import Progress
+from sdfast.ntk.request import MEMORY, check_precision, request_of
 from sdfast.ntk.result import Result
-from sdfast.ntk.sample_gradients import check_batch_size
 from sdfast.ntk.sample_rows import PathChangedError
-from sdfast.ntk.source import Source, loop_everything, say, select_parameters
+from sdfast.ntk.source import Source, loop_everything, say
 from sdfast.ntk.unchanged import unchanged
 from sdfast.ntk.verified import retried
 
@@ -91,31 +89,21 @@ def gram(
     """
     shards = Shards(group, checkpoint is not None)
     with shards.together(resumable=False):
-        asked = Outputs(outputs)
-        parameters = select_parameters(model, params)
-        first = next(iter(parameters.values()))
-        precision = check_precision(precision, first)
-        check_batch_size(batch_size)
-        memory = check_memory(memory)
+        request = request_of(model, outputs, params, precision, batch_size, memory)
         rates = rates_of(plan)
-        shards.serve(first.device)
-    with unchanged(model, first.device):
+        shards.serve(request.device)
+    with unchanged(model, request.device):
         with shards.together(resumable=False):
-            rows = feeding.read(x1, first, "x1")
-            columns = None if x2 is None else feeding.read(x2, first, "x2")
+            rows, columns = request.sides(x1, x2)
 
         def compute(afresh: bool) -> Result:
             with shards.together(resumable=False):
-                left = Source(model, rows, asked, parameters, batch_size, afresh=afresh, memory=memory)
-                right = left
-                if columns is not None:
-                    right = Source(model, columns, asked, parameters, batch_size, left.findings, memory=memory)
-                sizes = (left.samples, right.samples)
-                result = Result(asked, *sizes, precision, first.device, symmetric=x2 is None, out=out)
-            run = _Run(left, right, precision, memory, plan, rates, shards)
+                left, right = request.sources(rows, columns, afresh=afresh)
+                run = _Run(left, right, request.precision, request.memory, plan, rates, shards)
+                result = run.empty_result(out)
             saved = None if checkpoint is None and group is None else _opened(checkpoint, run)
             if shards.any(saved is not None and saved.looped):
-                loop_everything(left.findings, parameters, "as before the interruption")
+                loop_everything(left.findings, left.parameters, "as before the interruption")
                 if saved is not None and not saved.looped:
                     saved.forget()
             _fill_or_loop(result, run, saved, progress)
@@ -124,7 +112,7 @@ def gram(
             return result
 
         # What is shared with other processes, or goes on another day, does not rest on what one of them has seen.
-        result = retried(compute, afresh=group is not None or checkpoint is not None)
+        result = retried(model, compute, afresh=group is not None or checkpoint is not None)
     return result.finished()
 
 
@@ -146,6 +134,13 @@ class _Run(NamedTuple):
             check_plan(self.given, made)
         return made
 
+    def empty_result(self, out: Tensor | np.ndarray | None = None) -> Result:
+        """Where the matrix is to be, checked and cleared."""
+        left, right = self.left, self.right
+        device = next(iter(left.parameters.values())).device
+        sizes = (left.samples, right.samples)
+        return Result(left.outputs, *sizes, self.precision, device, symmetric=right is left, out=out)
+
 
 def gram_of(source: Source) -> Tensor:
     """H of one source with the defaults of `gram`, inside `unchanged`.
@@ -159,10 +154,9 @@ def gram_of(source: Source) -> Tensor:
     Raises:
         PathChangedError: A batch took another path than findings of another time say.
     """
-    first = next(iter(source.parameters.values()))
-    precision = check_precision(None, first)
-    run = _Run(source, source, precision, check_memory(None), None, None, Shards(None))
-    result = Result(source.outputs, source.samples, source.samples, precision, first.device, symmetric=True, out=None)
+    precision = check_precision(None, next(iter(source.parameters.values())))
+    run = _Run(source, source, precision, MEMORY, None, None, Shards(None))
+    result = run.empty_result()
     _fill_or_loop(result, run, None, False)
     say(source.findings)
     return result.finished()

@@ -18,14 +18,12 @@ from sdfast.ntk import inputs as feeding
 from sdfast.ntk.blocks import Block, Group, collect, groups_of
 from sdfast.ntk.factors import backward_factors, column_chunks, forward_factors, squared_norms
 from sdfast.ntk.operator_costs import Costs, costs_of
-from sdfast.ntk.outputs import Outputs
 from sdfast.ntk.plan import Plan, make_plan
-from sdfast.ntk.planner import check_memory
 from sdfast.ntk.products import products_in
+from sdfast.ntk.request import request_of
 from sdfast.ntk.result import Result
-from sdfast.ntk.sample_gradients import check_batch_size
 from sdfast.ntk.sample_rows import PathChangedError
-from sdfast.ntk.source import Source, loop_everything, say, select_parameters
+from sdfast.ntk.source import Source, loop_everything, say
 from sdfast.ntk.unchanged import full_precision, unchanged
 from sdfast.ntk.verified import retried
 
@@ -59,26 +57,23 @@ def operator(
     Raises:
         ValueError: `outputs` is ``"per_class"``, of which each has a kernel of its own, or `gram` would refuse.
     """
-    asked = Outputs(outputs)
-    if asked.form == "per_class":
+    request = request_of(model, outputs, params, None, batch_size, memory)
+    if request.outputs.form == "per_class":
         raise ValueError("outputs: got 'per_class', which is no single matrix; make one operator for each index")
-    parameters = select_parameters(model, params)
-    check_batch_size(batch_size)
-    first = next(iter(parameters.values()))
-    with unchanged(model, first.device):
-        inputs = feeding.read(x, first, "x")
+    with unchanged(model, request.device):
+        inputs = feeding.read(x, request.first, "x")
 
         def compute(afresh: bool) -> NTKOperator:
-            source = Source(model, inputs, asked, parameters, batch_size, afresh=afresh)
+            source, _ = request.sources(inputs, afresh=afresh)
             try:
-                made = NTKOperator(_Gradients(source, check_memory(memory)))
+                made = NTKOperator(_Gradients(source, request.memory))
             except PathChangedError as error:
-                loop_everything(source.findings, parameters, str(error))
-                made = NTKOperator(_Gradients(source, check_memory(memory)))
+                loop_everything(source.findings, request.parameters, str(error))
+                made = NTKOperator(_Gradients(source, request.memory))
             say(source.findings)
             return made
 
-        return retried(compute)
+        return retried(model, compute)
 
 
 class _Gradients:

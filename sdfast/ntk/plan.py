@@ -186,7 +186,8 @@ class Plan:
             for group in self.groups
         ]
         positions = [entry.factors[0] for entry in self.entries if entry.method == "contract" and entry.factors]
-        pairs = max(positions, default=0) ** 2 * math.prod(self.samples) if max(positions, default=0) > 1 else 0
+        most = max(positions, default=0)
+        pairs = most**2 * math.prod(self.samples) if most > 1 else 0
         work = 3 * 8 * min(pairs, PAIRS_AT_ONCE)  # both products and the product of both, in float64
         return max(held, default=0) + self.activations + self.result_bytes + work
 

@@ -6,21 +6,16 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sdfast import _checks
 from sdfast.ntk import calibration, costs
 from sdfast.ntk import inputs as feeding
 from sdfast.ntk.blocks import groups_of
 from sdfast.ntk.costs import Rates
-from sdfast.ntk.outputs import Outputs
 from sdfast.ntk.plan import Plan, make_plan
-from sdfast.ntk.products import PRECISIONS
+from sdfast.ntk.request import request_of
 from sdfast.ntk.result import tiles_of
-from sdfast.ntk.sample_gradients import check_batch_size
-from sdfast.ntk.source import Source, select_parameters
+from sdfast.ntk.source import Source
 from sdfast.ntk.unchanged import unchanged
 from sdfast.ntk.verified import retried
-
-MEMORY = 2**31  # bytes: fixed, so that the groups, and with them the last bits, do not depend on what else runs
 
 
 def plan(
@@ -64,34 +59,26 @@ def plan(
     """
     if not isinstance(calibrate, bool):
         raise TypeError(f"calibrate: got {type(calibrate).__name__}, wanted True or False")
-    asked = Outputs(outputs)
-    parameters = select_parameters(model, params)
-    first = next(iter(parameters.values()))
-    precision = check_precision(precision, first)
-    check_batch_size(batch_size)
-    memory = check_memory(memory)
-    with unchanged(model, first.device):
-        rows = feeding.read(x1, first, "x1")
-        columns = None if x2 is None else feeding.read(x2, first, "x2")
+    request = request_of(model, outputs, params, precision, batch_size, memory)
+    with unchanged(model, request.device):
+        rows, columns = request.sides(x1, x2)
 
         def compute(afresh: bool) -> Plan:
-            left = Source(model, rows, asked, parameters, batch_size, afresh=afresh, memory=memory)
-            right = left
-            if columns is not None:
-                right = Source(model, columns, asked, parameters, batch_size, left.findings, memory=memory)
+            left, right = request.sources(rows, columns, afresh=afresh)
             if calibrate and left.findings.batch_norm_trains:
                 raise NotImplementedError(
                     "calibrate: batch norm is in training mode, so all samples are one batch, and there are no "
                     "micro-batches to time; call model.eval(), or plan without calibrate"
                 )
-            rates = calibration.measure_rates(first.dtype, first.device, precision) if calibrate else None
-            made = plan_of(left, right, precision, memory, rates)
+            dtype, device, precision = request.first.dtype, request.device, request.precision
+            rates = calibration.measure_rates(dtype, device, precision) if calibrate else None
+            made = plan_of(left, right, precision, request.memory, rates)
             _fill_costs(made, left)
             if calibrate:
                 made.seconds = calibration.predict(made, left, right)
             return made
 
-        return retried(compute)
+        return retried(model, compute)
 
 
 def plan_of(
@@ -192,22 +179,3 @@ def check_plan(given: Plan, made: Plan) -> None:
     for name, value in made.settings().items():
         if settings[name] != value:
             raise ValueError(f"plan: was made for {name} {settings[name]}, and this call has {value}; plan anew")
-
-
-def check_precision(precision: str | None, parameter: Tensor) -> str:
-    """The precision; the parameters' dtype where ``None``."""
-    if precision is None:
-        return _checks.dtype_name(parameter)
-    _checks.check_option("precision", precision, PRECISIONS)
-    return precision
-
-
-def check_memory(memory: object) -> int:
-    """The bytes that gradients may take at a time; the default where ``None``."""
-    if memory is None:
-        return MEMORY
-    if isinstance(memory, bool) or not isinstance(memory, int):
-        raise TypeError(f"memory: got {type(memory).__name__}, wanted a number of bytes or None")
-    if memory < 1:
-        raise ValueError(f"memory: got {memory}, wanted at least 1 byte")
-    return memory

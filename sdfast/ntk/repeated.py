@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from sdfast.ntk import inputs as feeding
 from sdfast.ntk.findings import Findings
 from sdfast.ntk.gram import gram_of
-from sdfast.ntk.memory_format import FormatRefusedError
+from sdfast.ntk.memory_format import FormatRefusedError, refuse
 from sdfast.ntk.outputs import Outputs
-from sdfast.ntk.planner import MEMORY
+from sdfast.ntk.request import MEMORY
 from sdfast.ntk.sample_rows import PathChangedError
 from sdfast.ntk.source import Source, select_parameters
 from sdfast.ntk.unchanged import unchanged
@@ -62,8 +62,10 @@ class RepeatedGram:
                     try:
                         return _matrix(Source(model, inputs, self._outputs, parameters, None, found, memory=MEMORY,
                                               keep_outputs=True, spare=self._spare, of_these=True))  # fmt: skip
-                    except (PathChangedError, FormatRefusedError):
+                    except PathChangedError:
                         pass  # the findings hold no longer: probed below as if for the first time
+                    except FormatRefusedError:
+                        refuse(model)
             self._spare = None
             self._findings, self._outputs, self._state, self.reused = None, Outputs(self.asked), state, 0
 
@@ -73,7 +75,7 @@ class RepeatedGram:
                 )
                 return _matrix(source), source
 
-            result, source = retried(compute, afresh=True)
+            result, source = retried(model, compute, afresh=True)
             found = source.findings
             if not (found.reads or found.all_looped or found.batch_norm_trains):
                 self._findings, self._spare = found, self._memory(source)

@@ -60,7 +60,7 @@ def sample_gradients(
             say(source.findings)
             return gradients
 
-        gradients = retried(compute)
+        gradients = retried(model, compute)
     if asked.form != "per_class":
         return {name: rows[:, 0] for name, rows in gradients.items()}
     return gradients

@@ -20,7 +20,7 @@ from sdfast.ntk.confirmation import Confirmation
 from sdfast.ntk.coupling import refuse_other_answers, refuse_other_pieces
 from sdfast.ntk.findings import Findings
 from sdfast.ntk.inputs import Inputs
-from sdfast.ntk.memory_format import FormatRefusedError, refuse
+from sdfast.ntk.memory_format import FormatRefusedError
 from sdfast.ntk.outputs import Outputs
 from sdfast.ntk.sample_rows import PathChangedError
 from sdfast.ntk.verified import findings_of, forget
@@ -143,18 +143,17 @@ class Source:
 
         Raises:
             PathChangedError: A micro-batch took another way through the model than the probe did.
-            FormatRefusedError: The model failed in a memory format that is not its inputs' own.
+            FormatRefusedError: The model failed, or did so, in a memory format that is not its inputs' own.
         """
         try:
             yield from self._chunks(wanted, factored, panels)
-        except PathChangedError:
-            forget(self.model)
-            raise
         except Exception as error:
-            if not self.inputs.channels_last:
+            changed = isinstance(error, PathChangedError)
+            if changed or self.inputs.channels_last:
+                forget(self.model)
+            # Findings of another time may not hold in any format: the model is to be probed first.
+            if not self.inputs.channels_last or (changed and self.findings.reused):
                 raise
-            forget(self.model)
-            refuse(self.model)
             raise FormatRefusedError(str(error)) from error
 
     def _chunks(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sdfast.ntk import layers
 from sdfast.ntk.findings import Findings
 from sdfast.ntk.inputs import Inputs
-from sdfast.ntk.memory_format import FormatRefusedError
+from sdfast.ntk.memory_format import FormatRefusedError, refuse
 from sdfast.ntk.outputs import Outputs
 from sdfast.ntk.probe import confirmed, probe
 from sdfast.ntk.sample_rows import PathChangedError
@@ -130,12 +130,13 @@ def found_again(
     return found if outputs.classes == classes else None
 
 
-def retried(compute: Callable[[bool], _T], afresh: bool = False) -> _T:
+def retried(model: nn.Module, compute: Callable[[bool], _T], afresh: bool = False) -> _T:
     """What `compute` gives; once more, with the model probed, where what it rests on turns out not to hold.
 
     Findings of another time may not, and a model may fail in a memory format that it was tried in.
 
     Args:
+        model: The model.
         compute: Takes whether to probe the model whatever is known of it.
         afresh: Do so from the start.
 
@@ -150,6 +151,7 @@ def retried(compute: Callable[[bool], _T], afresh: bool = False) -> _T:
                 pass
         return compute(True)
     except FormatRefusedError:
+        refuse(model)
         return compute(True)
 
 

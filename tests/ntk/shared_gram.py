@@ -27,6 +27,44 @@ class Faulty(nn.Sequential):
         return super().forward(x)
 
 
+class MindsItsFormat(nn.Module):
+    """Run with its channels last on many samples it fails in one process, and takes another path in a second one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3, 2), nn.Linear(36, 2)
+        self.formats, self.rank = [], None
+
+    def forward(self, x):
+        self.formats.append(x.is_contiguous(memory_format=torch.channels_last))
+        x = torch.tanh(self.second(torch.tanh(self.first(x))))
+        if self.rank is not None and self.rank > 0 and len(x) > 3 and not x.is_contiguous():
+            if self.rank == 1:
+                raise OSError("strides")
+            x = x + 0
+        return self.last(x.flatten(1))
+
+
+def convolutions_and_pictures():
+    generator = torch.Generator().manual_seed(0)
+    model = MindsItsFormat()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
+    return model, torch.randn(50, 3, 9, 9, generator=generator)
+
+
+def minds_its_format(rank, group, folder):
+    """The same matrix twice; how the model was called goes to the folder."""
+    model, pictures = convolutions_and_pictures()
+    model.rank = rank
+    first = gram(model, pictures, group=group, **OPTIONS)
+    tried, model.formats = any(model.formats), []
+    again = gram(model, pictures, group=group, **OPTIONS)
+    (folder / f"tried.{rank}.txt").write_text(json.dumps([tried, any(model.formats)]))
+    return torch.stack([first, again])
+
+
 def model_and_samples():
     generator = torch.Generator().manual_seed(0)
     model = Faulty(nn.Linear(6, 40), nn.Tanh(), nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 3))
@@ -46,6 +84,7 @@ def cases(rank, folder):
     yield "out", lambda: gram(model, x, group=world, out=torch.full((50, 100), torch.nan)[:, ::2], **OPTIONS)
     yield "argument", lambda: gram(model, x, group=world, params=["none"] if rank else None, **OPTIONS)
     yield "bad", lambda: gram(model, x if rank == 0 else x.double(), group=world, checkpoint=folder / "b.pt", **OPTIONS)
+    yield "format", lambda: minds_its_format(rank, world, folder)
     yield "differ", lambda: gram(model, x * (1 + rank), group=world, **OPTIONS)
     yield "checkpoint", lambda: gram(model, x, group=world, memory=20_000, checkpoint=folder / "c.pt", **OPTIONS)
 

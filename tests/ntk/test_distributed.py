@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 
 
-SAME = "same,small,columns,out,differ"
+SAME = "same,small,columns,out,format,differ"
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +50,24 @@ def test_several_processes_are_one(world, where, shared):
         assert all(torch.equal(share, shares[0]) for share in shares)
         assert distance(shares[0], matrix) <= 1e-6
         assert name == "columns" or torch.equal(shares[0], shares[0].T)
+    model, pictures = shared_gram.convolutions_and_pictures()
+    matrix = gram(model, pictures, **shared_gram.OPTIONS)
+    for rank in range(world):
+        assert distance(torch.load(folder / where / f"format.{rank}.pt")[0], matrix) <= 1e-6
     for rank in range(world):
         told = (folder / where / f"differ.{rank}.txt").read_text()
         assert re.match(r"ValueError: group: rank \d and rank \d differ in x1, wanted the same everywhere", told)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("where", ["two", "three"])
+def test_a_format_that_one_process_refuses_is_given_up_in_all(where, shared):
+    world = 2 if where == "two" else 3
+    folder = shared[0] / where
+    told = [json.loads((folder / f"tried.{rank}.txt").read_text()) for rank in range(world)]
+    assert told == [[True, False]] * world, "tried once, and not again"
+    matrices = [torch.load(folder / f"format.{rank}.pt") for rank in range(world)]
+    assert all(torch.equal(first, again) and torch.equal(first, matrices[0][0]) for first, again in matrices)
 
 
 @pytest.mark.parametrize("how", ["die", "raise"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from sdfast.ntk import Plan, calibration, costs, gram, plan, planner, products
+from sdfast.ntk import Plan, calibration, costs, gram, plan, products, request
 from sdfast.ntk.blocks import collect
 
 from . import zoo
@@ -284,4 +284,4 @@ def test_single_positions_hold_no_products(precision):
 def test_the_default_plan_is_the_public_type():
     made = plan(zoo.mlp(), torch.randn(4, 4), outputs="sum")
     assert isinstance(made, Plan)
-    assert made.memory == planner.MEMORY
+    assert made.memory == request.MEMORY
