@@ -18,6 +18,7 @@ from torch.func import vjp, vmap
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from sdfast.ntk import batch_norm
 from sdfast.ntk.arguments import Form, flatten, replaced, tensors_of, unflatten
 from sdfast.ntk.layers import COMPOSITES, GENERIC, Rule
 from sdfast.ntk.layers.generic import quietly_vmapped
@@ -134,15 +135,15 @@ class ParameterMode(TorchFunctionMode):
         if self.values and tracked:
             flat = [self.values.get(id(leaf), leaf) if isinstance(leaf, Tensor) else leaf for leaf in flat]
             args, kwargs = unflatten(flat, spec)
-        if func in (functional.batch_norm, torch.batch_norm) and _trains(func, args, kwargs):
+        if func in batch_norm.FUNCTIONS and batch_norm.trains(func, args, kwargs):
             self.batch_norm_trains = True
             if self.frozen_batch_norm:
-                func, (args, kwargs) = functional.batch_norm, _with_constants(func, args, kwargs)
+                func, args, kwargs = functional.batch_norm, batch_norm.with_constants(func, args, kwargs), {}
                 flat, spec = flatten(args, kwargs)
         seen = Seen(func, getattr(func, "__name__", str(func)), flat, spec, tracked)
         before = self.before(seen)
         given = [(leaf, _version(leaf)) for leaf in flat if isinstance(leaf, Tensor)]
-        result = func(*args, **kwargs)
+        result = self.run(func, args, kwargs)
         self.ran(seen, result)
         tensors = tensors_of(result)
         differentiable = any(tensor.requires_grad for tensor in tensors)
@@ -157,6 +158,10 @@ class ParameterMode(TorchFunctionMode):
         if given_back and tensors:
             return self.given_back(seen, result, tensors)
         return self.after(seen, before, result, tensors)
+
+    def run(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What a call gives."""
+        return func(*args, **kwargs)
 
     def ran(self, seen: Seen, result: Any) -> None:
         """Called after every call, differentiable or not."""
@@ -197,6 +202,7 @@ class Capture(ParameterMode):
         steps: What the probe found.
         samples: In the batch.
         factored: Names of parameters whose factors (A, B) are wanted, not their gradients.
+        tapped: Parameters of which autograd is asked for no gradient, not even of those that are not followed here.
         values: See `ParameterMode`.
     """
 
@@ -206,9 +212,11 @@ class Capture(ParameterMode):
         steps: list[Step],
         samples: int,
         factored: frozenset[str] = frozenset(),
+        tapped: Iterable[Tensor] = (),
         values: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__(parameters, values)
+        self.tapped = frozenset(map(id, tapped))
         self.parameters, self.steps, self.samples, self.factored = parameters, steps, samples, factored
         first = next(iter(parameters.values()))
         self.anchor = torch.zeros((), dtype=first.dtype, device=first.device, requires_grad=True)
@@ -218,6 +226,12 @@ class Capture(ParameterMode):
         self.taps = 0
         self.listening = False
         self.last = False  # whether no other pass will follow this one
+
+    def run(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """See `ParameterMode.run`; with other values than the parameters' own, these are differentiated by autograd."""
+        if func in batch_norm.FUNCTIONS and not self.values:
+            return batch_norm.run(func, args, kwargs, self.tapped)
+        return func(*args, **kwargs)
 
     def before(self, seen: Seen) -> list[Any] | None:
         """The arguments of a followed call, as they are before it may change them."""
@@ -380,25 +394,3 @@ def _refuse_half(name: str, leaves: Iterable[Tensor]) -> None:
                 f"model: {name} computes in {str(leaf.dtype).removeprefix('torch.')}, and gradients are taken in full "
                 "precision; take the autocast or the conversion out of its forward"
             )
-
-
-def _batch_norm_arguments(func: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
-    names = (
-        ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-        if func is functional.batch_norm
-        else ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled")
-    )
-    return dict(zip(names, args, strict=False)) | kwargs
-
-
-def _trains(func: Any, args: tuple, kwargs: dict) -> bool:
-    return bool(_batch_norm_arguments(func, args, kwargs).get("training", False))
-
-
-def _with_constants(func: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """The arguments of batch norm with mean 0 and variance 1 in place of the batch's own."""
-    given = _batch_norm_arguments(func, args, kwargs)
-    channels = given["input"].shape[1]
-    constants = [given["input"].new_full((channels,), value) for value in (0.0, 1.0)]
-    arguments = (given["input"], *constants, given.get("weight"), given.get("bias"), False, 0.1, given.get("eps", 1e-5))
-    return arguments, {}

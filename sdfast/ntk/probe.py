@@ -347,6 +347,7 @@ def _mode(
         findings.steps,
         3,
         frozenset(findings.factors if values is None else ()) & captured.keys(),
+        captured.values(),
         findings=findings,
         values=None if values is None else {n: values[n] for n in captured},
     )
