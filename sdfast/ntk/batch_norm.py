@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 FUNCTIONS = (functional.batch_norm, torch.batch_norm)
@@ -31,16 +32,18 @@ def with_constants(func: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple
     return given["input"], *constants, given.get("weight"), given.get("bias"), False, 0.1, given.get("eps", 1e-5)
 
 
-def run(func: Callable, args: tuple, kwargs: dict[str, Any], tapped: Container[int]) -> Tensor:
+def run(func: Callable, args: tuple, kwargs: dict[str, Any], by_autograd: Container[int]) -> Tensor:
     """What a call gives; by running statistics with the gradient of its input alone: B · γ / sqrt(variance + ε).
 
-    That is a product, which torch's own backward precedes by two sums over B and the input.
+    That is a product, which torch's own backward precedes by two sums over B and the input. Where anything else may
+    look at the graph or at what it holds (checkpointing and other hooks on saved tensors, `torch.func`, forward-mode
+    differentiation) it is left to torch.
 
     Args:
         func: One of `FUNCTIONS`.
         args: Of the call.
         kwargs: Of the call.
-        tapped: By identity, the parameters whose gradients are not wanted of autograd.
+        by_autograd: By identity, the parameters whose gradients are wanted of autograd.
 
     Returns:
         The same in every bit.
@@ -48,25 +51,36 @@ def run(func: Callable, args: tuple, kwargs: dict[str, Any], tapped: Container[i
     given = _named(func, args, kwargs)
     data, mean, variance = (given.get(name) for name in ("input", "running_mean", "running_var"))
     weight, bias = given.get("weight"), given.get("bias")
-    if given.get("training") or type(data) is not Tensor or not data.requires_grad or variance is None:
+    sources = [tensor for tensor in (mean, variance, weight, bias) if tensor is not None and tensor.requires_grad]
+    wanted = any(not tensor.is_leaf or id(tensor) in by_autograd for tensor in sources)
+    followed = torch.is_grad_enabled() and type(data) is Tensor and data.requires_grad and not _watched()
+    if given.get("training") or variance is None or wanted or not followed:
         return func(*args, **kwargs)
-    others = [tensor for tensor in (mean, variance, weight, bias) if tensor is not None and id(tensor) not in tapped]
-    if not torch.is_grad_enabled() or any(tensor.requires_grad for tensor in others):
-        return func(*args, **kwargs)
-    with torch.no_grad():
+
+    def compute() -> tuple[Tensor, Tensor]:
+        result = func(*args, **kwargs)
         scale = (variance + given.get("eps", 1e-5)).rsqrt()
         scale = scale if weight is None else scale * weight
-    return _Scaled.apply(data, scale.view(-1, *[1] * (data.dim() - 2)), lambda: func(*args, **kwargs))
+        return result, scale.view(-1, *[1] * (result.dim() - 2))
+
+    return _Scaled.apply(data, compute)
+
+
+def _watched() -> bool:
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    transformed = torch._C._are_functorch_transforms_active()
+    return hooks is not None or transformed or forward_ad._current_level >= 0
 
 
 class _Scaled(torch.autograd.Function):
     """A function of which the gradient is multiplied by a constant."""
 
     @staticmethod
-    def forward(ctx: Any, data: Tensor, scale: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+    def forward(ctx: Any, data: Tensor, compute: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
+        result, scale = compute()  # no graph is made inside
         ctx.save_for_backward(scale)
-        return compute()  # no graph is made inside
+        return result
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return gradients[0] * ctx.saved_tensors[0], None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.saved_tensors[0], None

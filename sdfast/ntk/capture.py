@@ -202,7 +202,7 @@ class Capture(ParameterMode):
         steps: What the probe found.
         samples: In the batch.
         factored: Names of parameters whose factors (A, B) are wanted, not their gradients.
-        tapped: Parameters of which autograd is asked for no gradient, not even of those that are not followed here.
+        by_autograd: Parameters whose gradients autograd will be asked for; ``None`` to leave batch norm to torch.
         values: See `ParameterMode`.
     """
 
@@ -212,11 +212,11 @@ class Capture(ParameterMode):
         steps: list[Step],
         samples: int,
         factored: frozenset[str] = frozenset(),
-        tapped: Iterable[Tensor] = (),
+        by_autograd: Iterable[Tensor] | None = None,
         values: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__(parameters, values)
-        self.tapped = frozenset(map(id, tapped))
+        self.by_autograd = None if by_autograd is None else frozenset(map(id, by_autograd))
         self.parameters, self.steps, self.samples, self.factored = parameters, steps, samples, factored
         first = next(iter(parameters.values()))
         self.anchor = torch.zeros((), dtype=first.dtype, device=first.device, requires_grad=True)
@@ -229,8 +229,8 @@ class Capture(ParameterMode):
 
     def run(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """See `ParameterMode.run`; with other values than the parameters' own, these are differentiated by autograd."""
-        if func in batch_norm.FUNCTIONS and not self.values:
-            return batch_norm.run(func, args, kwargs, self.tapped)
+        if self.by_autograd is not None and not self.values and func in batch_norm.FUNCTIONS:
+            return batch_norm.run(func, args, kwargs, self.by_autograd)
         return func(*args, **kwargs)
 
     def before(self, seen: Seen) -> list[Any] | None:

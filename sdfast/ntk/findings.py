@@ -29,6 +29,7 @@ class Findings:
         large_pictures: Whether that was to be tried, by the sizes of these inputs.
         answers: Outputs of the probe's samples, by their number: what no batch may change but by rounding.
         graph: How the outputs of three samples were computed; see `confirmation.graph_of`.
+        products: Whether batch norm may be run by `batch_norm.run`, as far as was seen.
         reused: Whether these are findings of another time.
         before: Then the only output of the probe's samples, with its graph: the first pass is still to be compared
             with its gradients.
@@ -49,6 +50,7 @@ class Findings:
     large_pictures: bool = False
     answers: dict[int, Tensor] = field(default_factory=dict)
     graph: Hashable = None
+    products: bool = True
     reused: bool = False
     before: Tensor | None = None
 

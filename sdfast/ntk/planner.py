@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
 from sdfast.ntk import calibration, costs
 from sdfast.ntk import inputs as feeding
@@ -145,9 +146,21 @@ def _fill_costs(made: Plan, source: Source) -> None:
     costs.count(made, source.findings.work, _forward_flops(source), tiles)
 
 
+class _Unhooked(ModuleTracker):
+    """Tells no module from another: the hooks that do fail in a model that takes gradients inside."""
+
+    def __enter__(self) -> "_Unhooked":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
 def _forward_flops(source: Source) -> int:
     """Of one sample, as torch's counter knows them."""
-    with FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _Unhooked()
+    with counter:
         feeding.call(source.model, source.inputs.pick([0, source.samples // 2, source.samples - 1]))
     return counter.get_total_flops() // 3
 

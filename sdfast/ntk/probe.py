@@ -9,7 +9,7 @@ module for instance, is differentiated one sample at a time too. Nothing is left
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,15 +17,13 @@ from torch import Tensor, nn
 
 from sdfast.ntk import inputs as feeding
 from sdfast.ntk.altered import copies, jittered, perturbed
-from sdfast.ntk.capture import Capture, Origin, ParameterMode, Seen, Step
-from sdfast.ntk.comparison import UNSEEN, lie_apart, loop_what_differs, shares_of
+from sdfast.ntk.capture import ParameterMode
+from sdfast.ntk.comparison import lie_apart
 from sdfast.ntk.confirmation import graph_of
-from sdfast.ntk.costs import may_serve
 from sdfast.ntk.coupling import refuse_coupled_gradients, refuse_coupling, refuse_places
 from sdfast.ntk.findings import Findings
+from sdfast.ntk.guard import exact_gradients, guarded
 from sdfast.ntk.inputs import Inputs
-from sdfast.ntk.layers import GENERIC, LOOP, Call
-from sdfast.ntk.layers.generic import CANNOT_VMAP
 from sdfast.ntk.memory_format import is_refused, may_be_faster
 from sdfast.ntk.outputs import Outputs
 from sdfast.ntk.randomness import refuse_randomness
@@ -108,10 +106,10 @@ def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mappin
 
     def guard(values: Mapping[str, Tensor] | None) -> None:
         try:
-            _guard(model, three, outputs, parameters, findings, values, plain, generator)
+            guarded(model, three, outputs, parameters, findings, values, plain, generator)
         except PathChangedError as error:
             findings.looped |= dict.fromkeys(parameters, f"the model takes another path on some samples: {error}")
-            _guard(model, three, outputs, parameters, findings, values, plain, generator)
+            guarded(model, three, outputs, parameters, findings, values, plain, generator)
 
     guard(values)
     followed = not (findings.looped or findings.reads)
@@ -158,8 +156,8 @@ def _with_channels_last(
         plain = outputs.columns(feeding.call(model, copies(three)), 3)
         found.graph = graph_of(plain, parameters)
         if not lie_apart({"": before.detach()}, {"": plain.detach()}, _OF_OUTPUTS):
-            weights, gradients = _guard(model, three, outputs, parameters, found, None, plain, generator)
-            own = _exact((before * weights).sum(), {name: parameters[name] for name in gradients})
+            weights, gradients = guarded(model, three, outputs, parameters, found, None, plain, generator)
+            own = exact_gradients((before * weights).sum(), {name: parameters[name] for name in gradients})
             if not (found.looped or lie_apart(own, gradients, _OF_GRADIENTS)):
                 return found
     except Exception:  # whatever it says against the format: the model is run as it was given
@@ -204,7 +202,7 @@ def confirmed(
         findings.before = plain
         return findings
     try:
-        _guard(model, three, outputs, parameters, findings, None, plain, generator)
+        guarded(model, three, outputs, parameters, findings, None, plain, generator)
     except PathChangedError:
         return None
     return findings if findings.looped == looped else None
@@ -228,164 +226,3 @@ def _gradients_of(
         columns[sample] @ weights, list(parameters.values()), allow_unused=True, materialize_grads=True
     )
     return [gradient.to_dense() if gradient.is_sparse else gradient for gradient in gradients]
-
-
-class _Trial(Capture):
-    """A capture that tries every rule: what fails falls back, at last to one sample at a time."""
-
-    def __init__(self, *arguments: Any, findings: Findings, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.findings = findings
-        self.uses: dict[str, list[tuple[str, tuple[int, int, int] | None]]] = {}
-        self.work: dict[str, int] = {}
-        self.biases: dict[Origin, Origin] = {}
-
-    def receive(self, call: Call, step: Step, tracked: dict[int, Origin], output: int, gradient: Tensor) -> None:
-        for rule in dict.fromkeys((step.rule, *((LOOP,) if step.rule is GENERIC else ()))):
-            step.rule = rule
-            try:
-                super().receive(call, step, tracked, output, gradient)
-            except CANNOT_VMAP as error:
-                reason = f"{call.name} fails on one sample: {_first_line(error)}"
-            else:
-                break
-        else:
-            self._loop(tracked.values(), reason)
-            return
-        weight, bias = rule.weight(call), rule.bias(call)
-        if weight is not None and bias is not None:
-            self.biases[tracked[bias]] = tracked[weight]
-        for place, origin in tracked.items():
-            for name in self.sources([origin]):
-                flops = rule.operations(call, gradient) if place == weight else 2 * gradient.numel()
-                self.work[name] = self.work.get(name, 0) + flops // self.samples
-                direct = place == weight and isinstance(origin, str)
-                self.uses.setdefault(name, []).append(
-                    (rule.name, rule.factor_sizes(call, gradient) if direct else None)
-                )
-
-    def after(self, seen: Seen, before: Any, result: Any, tensors: list[Tensor]) -> Any:
-        if seen.tracked and self.position <= len(self.steps):
-            reason = self.steps[self.position - 1].unclear
-            if reason is not None:
-                self._loop(seen.tracked.values(), reason)
-        return super().after(seen, before, result, tensors)
-
-    def overwritten(self, call: Call, tracked: dict[int, Origin]) -> None:
-        self._loop(tracked.values(), f"an argument of {call.name} is overwritten after the call")
-
-    def pull_back(self, number: int, rows: Tensor) -> dict[Origin, Tensor]:
-        try:
-            return super().pull_back(number, rows)
-        except CANNOT_VMAP as error:
-            self._loop([number], f"{self.virtuals[number].function} cannot be pulled back: {_first_line(error)}")
-            return {}
-
-    def _loop(self, origins: Any, reason: str) -> None:
-        for name in self.sources(origins):
-            self.findings.looped.setdefault(name, reason)
-
-
-def _guard(
-    model: nn.Module,
-    three: Mapping[int | str, Tensor],
-    outputs: Outputs,
-    parameters: Mapping[str, Tensor],
-    findings: Findings,
-    values: Mapping[str, Tensor] | None,
-    plain: Tensor,
-    generator: torch.Generator,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Guard (b): captured gradients against autograd's, with the jittered values or with the model as it is.
-
-    `plain` are the outputs of the model as it is, with their graph. Gives the weights of all outputs in the sum that
-    was differentiated, and its gradients by autograd.
-    """
-    captured = {
-        name: value for name, value in parameters.items() if name not in findings.looped and name not in findings.unused
-    }
-    mode = _mode(captured, findings, values, parameters)
-    with mode:
-        output = feeding.call(model, copies(three))
-    columns = outputs.columns(output, 3)
-    weights = torch.randn(columns.shape, generator=generator, dtype=torch.float64, device="cpu").to(columns)
-    rows = mode.gradients((columns * weights).sum(), True) if isinstance(mode, Capture) else {}
-    factors = mode.factors if isinstance(mode, Capture) else {}
-    shares = shares_of(rows, columns, generator)
-    if values is None:
-        exact = _exact((plain * weights).sum(1) @ shares, captured)
-    else:
-        exact = _find_unused((columns * weights).sum(1) @ shares, parameters, values, findings)
-    loop_what_differs({name: exact[name] for name in captured}, rows, shares, findings.looped, factors)
-    if isinstance(mode, _Trial):
-        findings.work = mode.work
-        for name, uses in mode.uses.items():
-            findings.rules[name] = list(dict.fromkeys(rule for rule, _ in uses))
-            sizes_of_factors = uses[0][1]
-            sizes = (parameters[name].numel(), outputs.form, outputs.classes)
-            compared = values is not None or name in mode.factors  # those that stay have been, by the second guard
-            if len(uses) == 1 and sizes_of_factors and may_serve(sizes_of_factors, *sizes) and compared:
-                findings.factors[name] = sizes_of_factors
-            else:
-                findings.factors.pop(name, None)
-        findings.biases = {
-            bias: weight
-            for bias, weight in mode.biases.items()
-            if isinstance(bias, str) and isinstance(weight, str) and len(mode.uses[bias]) == 1
-            and findings.factors.get(weight, (0,))[0] == 1
-        }  # fmt: skip
-    return weights * shares[:, None], exact
-
-
-def _mode(
-    captured: Mapping[str, Tensor], findings: Findings, values: Any, parameters: Mapping[str, Tensor]
-) -> ParameterMode:
-    if not captured or findings.batch_norm_trains:
-        return ParameterMode(parameters, values, frozen_batch_norm=findings.batch_norm_trains)
-    return _Trial(
-        captured,
-        findings.steps,
-        3,
-        frozenset(findings.factors if values is None else ()) & captured.keys(),
-        captured.values(),
-        findings=findings,
-        values=None if values is None else {n: values[n] for n in captured},
-    )
-
-
-def _find_unused(
-    scalar: Tensor, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor], findings: Findings
-) -> dict[str, Tensor]:
-    """Parameters that reach no output, and those that reach it unseen: not by their jittered values.
-
-    Gives the gradients by the jittered values.
-    """
-    reached = torch.autograd.grad(scalar, [*parameters.values(), *values.values()], allow_unused=True)
-    by_values = reached[len(parameters) :]
-    for name, own, by_value in zip(parameters, reached, by_values, strict=False):
-        if own is None and by_value is None:
-            findings.unused.append(name)
-            findings.looped.pop(name, None)
-        elif own is not None and name not in findings.looped:
-            findings.looped[name] = UNSEEN
-    return _materialised(values, by_values)
-
-
-def _exact(scalar: Tensor, sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """By autograd alone."""
-    if not sources:
-        return {}
-    return _materialised(
-        sources, torch.autograd.grad(scalar, list(sources.values()), retain_graph=True, allow_unused=True)
-    )
-
-
-def _materialised(sources: Mapping[str, Tensor], gradients: Sequence[Tensor | None]) -> dict[str, Tensor]:
-    return {
-        name: torch.zeros_like(source) if gradient is None else gradient.detach()
-        for (name, source), gradient in zip(sources.items(), gradients, strict=True)
-    }
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

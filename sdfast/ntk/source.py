@@ -162,15 +162,18 @@ class Source:
         wanted, factored = list(wanted), frozenset(factored)
         followed = {name: self.parameters[name] for name in [*wanted, *factored] if name not in self.findings.looped}
         looped = {name: self.parameters[name] for name in wanted if name in self.findings.looped}
-        by_autograd = self.findings.looped.keys() | set(self.findings.unused)
-        tapped = [parameter for name, parameter in self.parameters.items() if name not in by_autograd]
+        by_autograd = None
+        if self.findings.products:
+            by_autograd = [self.parameters[name] for name in (*self.findings.looped, *self.findings.unused)]
         missing = {name for name in followed if name not in self.findings.unused}
         if self.confirmation is not None:
             self.confirmation.begin()
         for start in range(0, self.samples, self.batch_size):
             stop = min(start + self.batch_size, self.samples)
             tensors = self.inputs.rows(start, stop)
-            capture = Capture(followed, self.findings.steps, stop - start, factored, tapped) if followed else None
+            capture = None
+            if followed:
+                capture = Capture(followed, self.findings.steps, stop - start, factored, by_autograd)
             if capture is None:
                 output = feeding.call(self.model, tensors)
             else:

@@ -5,9 +5,11 @@ from fnmatch import fnmatch
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
-from sdfast.ntk import batch_norm, gram, sample_gradients
+from sdfast.ntk import batch_norm, gram
 from sdfast.ntk.capture import ParameterMode
 
 from .oracle import assert_exact, gram_of, jacobian
@@ -76,16 +78,19 @@ def test_the_memory_format_and_epsilon(epsilon):
     )
 
 
-@pytest.mark.parametrize("kind", ["weight", "bias", "trains", "no statistics", "constant", "no gradients"])
+@pytest.mark.parametrize("kind", ["weight", "bias", "computed", "trains", "no statistics", "constant", "no gradients"])
 def test_whose_gradients_autograd_may_be_asked_for_is_left_to_torch(kind, products):
     mean, variance, weight, bias = statistics(torch.float32)
     x = torch.randn(4, 3, 5, requires_grad=kind != "constant")
     wanted = {"weight": weight, "bias": bias}.get(kind, x)
     wanted.requires_grad_(kind != "constant")
+    weight = weight.requires_grad_().exp() if kind == "computed" else weight
     running = (None, None) if kind == "no statistics" else (mean, variance)
     training = kind in ("trains", "no statistics")
     with torch.set_grad_enabled(kind != "no gradients"):
-        result = batch_norm.run(functional.batch_norm, (x, *running, weight, bias, training), {}, frozenset({id(x)}))
+        result = batch_norm.run(
+            functional.batch_norm, (x, *running, weight, bias, training), {}, {id(weight), id(bias)}
+        )
     if kind in ("constant", "no gradients"):
         assert not result.requires_grad
     else:
@@ -97,7 +102,7 @@ def test_a_tapped_weight_is_a_constant(products):
     mean, variance, weight, bias = statistics(torch.float32)
     x = torch.randn(4, 3, 5, requires_grad=True)
     weight.requires_grad_()
-    result = batch_norm.run(functional.batch_norm, (x, mean, variance, weight, bias), {}, {id(weight)})
+    result = batch_norm.run(functional.batch_norm, (x, mean, variance, weight, bias), {}, {id(bias)})
     gradients = torch.autograd.grad(result.square().sum(), (x, weight), allow_unused=True)
     assert gradients[1] is None
     assert products[0] == 1
@@ -113,12 +118,76 @@ class Hidden(torch.autograd.Function):
         return 3 * gradient
 
 
-class Blocks(nn.Module):
-    """A convolution and batch norm twice; the second one's weight may be used in another way too."""
+def computed_weight(norm, x):
+    return functional.batch_norm(x, norm.running_mean, norm.running_var, norm.weight.exp())
 
-    def __init__(self, kind="plain"):
+
+def used_unseen(norm, x):
+    """The weight is used where no torch function shows it."""
+    return norm(x) * Hidden.apply(norm.weight).view(1, -1, 1, 1)
+
+
+def of_its_input(norm, x):
+    x = norm(x)
+    return x + torch.autograd.grad(x.square().sum(), x, create_graph=True)[0]
+
+
+def of_its_weight(norm, x):
+    """Looks at a gradient, and does not use it."""
+    x = norm(x)
+    if norm.weight.requires_grad:
+        torch.autograd.grad(x.square().mean(), norm.weight, retain_graph=True)[0].norm()
+    return x
+
+
+def backwards(norm, x):
+    leaf = x.detach().requires_grad_()
+    norm(leaf).square().sum().backward()
+    assert norm.weight.grad is not None or not norm.weight.requires_grad
+    norm.weight.grad = norm.bias.grad = None
+    return norm(x)
+
+
+def by_name(norm, x):
+    """Looks at its own graph."""
+    x = norm(x)
+    return x * (2 if "BatchNorm" in x.grad_fn.name() else 1)
+
+
+def checkpointed(norm, x, **options):
+    return checkpoint(norm, x, use_reentrant=False, **options)
+
+
+def unchecked(norm, x):
+    return checkpointed(norm, x, determinism_check="none")
+
+
+def rounded(norm, x):
+    """What it keeps for its backward is rounded."""
+    with torch.autograd.graph.saved_tensors_hooks(lambda kept: kept.bfloat16(), lambda kept: kept.double()):
+        return norm(x)
+
+
+def transformed(norm, x):
+    """Its gradient, by ``torch.func``."""
+    return torch.func.grad(lambda data: norm(data).pow(3).sum())(x)
+
+
+def forward_mode(norm, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(norm(forward_ad.make_dual(x, x))).tangent
+
+
+USES = [computed_weight, used_unseen, of_its_input, of_its_weight, backwards, by_name, checkpointed, unchecked, rounded,
+        transformed, forward_mode]  # fmt: skip
+
+
+class Blocks(nn.Module):
+    """A convolution and batch norm twice, the second one used in a way of its own."""
+
+    def __init__(self, use=lambda norm, x: norm(x)):
         super().__init__()
-        self.kind = kind
+        self.use = use
         self.first, self.one = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
         self.second, self.two = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
         self.last = nn.Linear(4, 2)
@@ -131,40 +200,41 @@ class Blocks(nn.Module):
 
     def forward(self, x):
         x = torch.tanh(self.one(self.first(x)))
-        if self.kind == "computed":  # the weight of what follows is no leaf
-            weight = self.two.weight.exp()
-            x = functional.batch_norm(self.second(x), self.two.running_mean, self.two.running_var, weight)
-        elif self.kind == "in place":
-            x = self.two(self.second(x)).mul_(2).relu_()
-        elif self.kind == "unseen":  # the weight is used where no torch function shows it
-            x = self.two(self.second(x)) * Hidden.apply(self.two.weight).view(1, -1, 1, 1)
-        elif self.kind == "inner":  # autograd is asked for the weight's gradient inside the model
-            x = self.two(self.second(x))
-            x = x + torch.autograd.grad(x.square().sum((1, 2, 3)).sum(), x, create_graph=True)[0]
-        else:
-            x = self.two(self.second(x))
-        return self.last(x.square().mean((2, 3)))
+        return self.last(self.use(self.two, self.second(x)).mul_(2).square().mean((2, 3)))
 
 
-@pytest.mark.filterwarnings("ignore:one backward pass", "ignore:no output depends")
-@pytest.mark.parametrize("params", [None, ["*weight"], ["two.bias"], ["one.weight", "second.bias"]], ids=str)
-@pytest.mark.parametrize("kind", ["plain", "computed", "in place", "unseen", "inner"])
-def test_kernels_of_models_are_exact(kind, params):
-    model, x = Blocks(kind).double(), torch.randn(9, 3, 6, 6, dtype=torch.float64)
-    if kind == "computed" and params == ["two.bias"]:
-        params = ["two.weight"]  # it has no other
-    names = {n for n, _ in model.named_parameters() if params is None or any(fnmatch(n, p) for p in params)}
+def assert_kernels_exact(model, x, params=None):
+    names = {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and (params is None or any(fnmatch(name, pattern) for pattern in params))
+    }
     exact = gram_of(jacobian(model, x, names), "trace")
     for options in ({}, {"batch_size": 4}, {"memory": 5000}):
         assert_exact(gram(model, x, outputs="trace", params=params, **options), exact)
 
 
+@pytest.mark.parametrize("params", [None, ["*weight"], ["two.bias"], ["one.weight", "second.bias"]], ids=str)
+def test_kernels_are_exact_for_every_part_of_the_parameters(params, products):
+    assert_kernels_exact(Blocks().double(), torch.randn(9, 3, 6, 6, dtype=torch.float64), params)
+    assert products[0] or params == ["two.bias"], "of that none is below batch norm"
+
+
+@pytest.mark.filterwarnings("ignore:one backward pass", "ignore:no output depends")
+@pytest.mark.parametrize("frozen", [False, True], ids=["trains", "frozen"])
+@pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
+def test_kernels_of_models_that_would_see_it_are_exact(use, frozen):
+    """Models that take gradients inside, keep little for the backward, or look at their graph."""
+    model, x = Blocks(use).double(), torch.randn(9, 3, 6, 6, dtype=torch.float64)
+    if frozen:
+        model.two.requires_grad_(False)
+    elif use in (rounded, transformed, forward_mode):
+        pytest.skip("gradients of its weight are rounded, or cannot be tapped, whatever batch norm does")
+    assert_kernels_exact(model, x)
+
+
 def test_the_product_is_used_whatever_part_of_the_parameters_a_pass_follows(products):
     model, x = Blocks(), torch.randn(9, 3, 6, 6)
-    sample_gradients(model, x, outputs=0)
-    products[0] = 0
-    sample_gradients(model, x, outputs=0, params=["first.weight"])
-    assert products[0] == 0, "the weights of batch norm are no parameters of this call, which may be asked for"
     gram(model, x, outputs="trace", memory=9 * 2 * 4 * 60)
     assert products[0] > 20
 

@@ -363,7 +363,7 @@ def test_every_form_of_contraction(monkeypatch):
     """Small tiles of position pairs, and layers that the counted rule would never contract."""
     monkeypatch.setattr(products, "PAIRS_AT_ONCE", 40)
     monkeypatch.setattr("sdfast.ntk.costs.contracts", lambda *a: True)
-    monkeypatch.setattr("sdfast.ntk.probe.may_serve", lambda *a: True)
+    monkeypatch.setattr("sdfast.ntk.guard.may_serve", lambda *a: True)
     for name in (
         "linear, positions",
         "linear, T n merged",

@@ -285,3 +285,22 @@ def test_the_default_plan_is_the_public_type():
     made = plan(zoo.mlp(), torch.randn(4, 4), outputs="sum")
     assert isinstance(made, Plan)
     assert made.memory == request.MEMORY
+
+
+@pytest.mark.filterwarnings("ignore:one backward pass")
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_a_model_that_takes_gradients_inside(calibrate):
+    """As one of energies and forces does."""
+
+    class Forces(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.energy = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1))
+
+        def forward(self, x):
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
+
+    made = plan(Forces(), torch.randn(6, 3), outputs="trace", calibrate=calibrate)
+    assert made.flops > 0
+    assert made.pass_flops >= 6 * 2 * (3 * 5 + 5)
