@@ -6,7 +6,7 @@ How the parts meet, from the model to the matrix; each layer knows only the one 
 - `capture.Capture`: a forward pass with taps; `gradients` gives one backward pass's gradients per sample, by
   parameter, and the factors A, B of parameters that are to be contracted. `layers`: one rule per family of operations.
 - `probe.probe` → `Findings`: where the samples lie in every tapped tensor, which parameters must be looped, which can
-  be contracted (`factors`: T, d, p), as `guard.guarded` sees it hold. `verified.findings_of`: the same, or what was
+  be contracted (`factors`: T, d, p), as `guard.Guard` sees it hold. `verified.findings_of`: the same, or what was
   found of this model before, which `confirmation.Confirmation` confirms. `memory_format`: whether convolutions run with
   the channels last. `batch_norm`: its backward as one product.
 - `source.Source(model, inputs, outputs, parameters, batch_size)`: **where gradients come from.**

@@ -202,7 +202,8 @@ class Capture(ParameterMode):
         steps: What the probe found.
         samples: In the batch.
         factored: Names of parameters whose factors (A, B) are wanted, not their gradients.
-        by_autograd: Parameters whose gradients autograd will be asked for; ``None`` to leave batch norm to torch.
+        by_autograd: Parameters whose gradients autograd will be asked for; ``None`` to leave batch norm to torch, as
+            with `values`, for which it is asked too.
         values: See `ParameterMode`.
     """
 
@@ -228,8 +229,8 @@ class Capture(ParameterMode):
         self.last = False  # whether no other pass will follow this one
 
     def run(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """See `ParameterMode.run`; with other values than the parameters' own, these are differentiated by autograd."""
-        if self.by_autograd is not None and not self.values and func in batch_norm.FUNCTIONS:
+        """See `ParameterMode.run`."""
+        if self.by_autograd is not None and func in batch_norm.FUNCTIONS:
             return batch_norm.run(func, args, kwargs, self.by_autograd)
         return func(*args, **kwargs)
 

@@ -54,6 +54,11 @@ class Findings:
     reused: bool = False
     before: Tensor | None = None
 
+    def take(self, other: "Findings") -> None:
+        """Becomes what the other is."""
+        for part in fields(self):
+            setattr(self, part.name, getattr(other, part.name))
+
     def copied(self) -> "Findings":
         """What may be changed without a trace in the original."""
         copied = copy.copy(self)

@@ -1,7 +1,7 @@
 """Guard (b): the gradients that a capture gives for three samples are those of `autograd.grad`, or are taken by it."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,49 +18,111 @@ from sdfast.ntk.layers.generic import CANNOT_VMAP
 from sdfast.ntk.outputs import Outputs
 
 
-def guarded(
-    model: nn.Module,
-    three: Mapping[int | str, Tensor],
-    outputs: Outputs,
-    parameters: Mapping[str, Tensor],
-    findings: Findings,
-    values: Mapping[str, Tensor] | None,
-    plain: Tensor,
-    generator: torch.Generator,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compares captured gradients with autograd's, and completes the findings: what differs is looped.
+class Guard(NamedTuple):
+    """Compares captured gradients with autograd's.
 
-    A model that takes gradients inside, or looks at its own graph, may mind that batch norm is run in another way
-    (`batch_norm.run`): then it is left to torch from here on.
-
-    Args:
+    Attributes:
         model: The model.
         three: Samples.
         outputs: Which outputs.
         parameters: Those to differentiate, by name.
-        findings: So far.
-        values: Jittered ones, by name; ``None`` for the model as it is.
         plain: The outputs of the model as it is, with their graph.
         generator: Of the weights.
-
-    Returns:
-        The weights of all outputs in the sum that was differentiated, and its gradients by autograd.
-
-    Raises:
-        PathChangedError: The model takes another path than before.
     """
-    if values is None and findings.products:
-        attempt = findings.copied()
-        try:
-            result = _guarded(model, three, outputs, parameters, attempt, values, plain, generator)
-        except Exception:  # whatever it minds: a second failure has another reason
-            findings.products = False
+
+    model: nn.Module
+    three: Mapping[int | str, Tensor]
+    outputs: Outputs
+    parameters: Mapping[str, Tensor]
+    plain: Tensor
+    generator: torch.Generator
+
+    def complete(self, findings: Findings, values: Mapping[str, Tensor] | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Completes the findings by what the comparison shows: what differs is looped.
+
+        A model that takes gradients inside, or looks at its own graph, may mind that batch norm is run in another way
+        (`batch_norm.run`): then it is left to torch from here on.
+
+        Args:
+            findings: So far.
+            values: Jittered ones, by name; ``None`` for the model as it is.
+
+        Returns:
+            The weights of all outputs in the sum that was differentiated, and its gradients by autograd.
+
+        Raises:
+            PathChangedError: The model takes another path than before.
+        """
+        if values is None and findings.products:
+            attempt = findings.copied()
+            try:
+                result = self._compared(attempt, values)
+            except Exception:  # whatever it minds: a second failure has another reason
+                findings.products = False
+            else:
+                findings.products = attempt.looped == findings.looped
+                if findings.products:
+                    findings.take(attempt)
+                    return result
+        return self._compared(findings, values)
+
+    def _compared(self, findings: Findings, values: Mapping[str, Tensor] | None) -> tuple[Tensor, dict[str, Tensor]]:
+        parameters, outputs = self.parameters, self.outputs
+        captured = {
+            name: value
+            for name, value in parameters.items()
+            if name not in findings.looped and name not in findings.unused
+        }
+        mode = self._mode(captured, findings, values)
+        with mode:
+            output = feeding.call(self.model, copies(self.three))
+        columns = outputs.columns(output, 3)
+        if values is None and findings.products:
+            refuse_other_answers(dict(enumerate(self.plain.detach())), columns, 0)
+        weights = torch.randn(columns.shape, generator=self.generator, dtype=torch.float64, device="cpu").to(columns)
+        rows = mode.gradients((columns * weights).sum(), True) if isinstance(mode, Capture) else {}
+        factors = mode.factors if isinstance(mode, Capture) else {}
+        shares = shares_of(rows, columns, self.generator)
+        if values is None:
+            exact = exact_gradients((self.plain * weights).sum(1) @ shares, captured)
         else:
-            findings.products = attempt.looped == findings.looped
-            if findings.products:
-                findings.__dict__.update(attempt.__dict__)
-                return result
-    return _guarded(model, three, outputs, parameters, findings, values, plain, generator)
+            exact = _find_unused((columns * weights).sum(1) @ shares, parameters, values, findings)
+        loop_what_differs({name: exact[name] for name in captured}, rows, shares, findings.looped, factors)
+        if isinstance(mode, _Trial):
+            findings.work = mode.work
+            for name, uses in mode.uses.items():
+                findings.rules[name] = list(dict.fromkeys(rule for rule, _ in uses))
+                sizes_of_factors = uses[0][1]
+                sizes = (parameters[name].numel(), outputs.form, outputs.classes)
+                compared = values is not None or name in mode.factors  # those that stay have been, by the second guard
+                if len(uses) == 1 and sizes_of_factors and may_serve(sizes_of_factors, *sizes) and compared:
+                    findings.factors[name] = sizes_of_factors
+                else:
+                    findings.factors.pop(name, None)
+            findings.biases = {
+                bias: weight
+                for bias, weight in mode.biases.items()
+                if isinstance(bias, str) and isinstance(weight, str) and len(mode.uses[bias]) == 1
+                and findings.factors.get(weight, (0,))[0] == 1
+            }  # fmt: skip
+        return weights * shares[:, None], exact
+
+    def _mode(
+        self, captured: Mapping[str, Tensor], findings: Findings, values: Mapping[str, Tensor] | None
+    ) -> ParameterMode:
+        if not captured or findings.batch_norm_trains:
+            return ParameterMode(self.parameters, values, frozen_batch_norm=findings.batch_norm_trains)
+        if values is not None:
+            return _Trial(captured, findings.steps, 3, findings=findings, values={n: values[n] for n in captured})
+        others = [value for name, value in self.parameters.items() if name not in captured]
+        return _Trial(
+            captured,
+            findings.steps,
+            3,
+            frozenset(findings.factors) & captured.keys(),
+            others if findings.products else None,
+            findings=findings,
+        )
 
 
 class _Trial(Capture):
@@ -117,70 +179,6 @@ class _Trial(Capture):
     def _loop(self, origins: Any, reason: str) -> None:
         for name in self.sources(origins):
             self.findings.looped.setdefault(name, reason)
-
-
-def _guarded(
-    model: nn.Module,
-    three: Mapping[int | str, Tensor],
-    outputs: Outputs,
-    parameters: Mapping[str, Tensor],
-    findings: Findings,
-    values: Mapping[str, Tensor] | None,
-    plain: Tensor,
-    generator: torch.Generator,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    captured = {
-        name: value for name, value in parameters.items() if name not in findings.looped and name not in findings.unused
-    }
-    mode = _mode(captured, findings, values, parameters)
-    with mode:
-        output = feeding.call(model, copies(three))
-    columns = outputs.columns(output, 3)
-    if values is None and findings.products:
-        refuse_other_answers(dict(enumerate(plain.detach())), columns, 0)
-    weights = torch.randn(columns.shape, generator=generator, dtype=torch.float64, device="cpu").to(columns)
-    rows = mode.gradients((columns * weights).sum(), True) if isinstance(mode, Capture) else {}
-    factors = mode.factors if isinstance(mode, Capture) else {}
-    shares = shares_of(rows, columns, generator)
-    if values is None:
-        exact = exact_gradients((plain * weights).sum(1) @ shares, captured)
-    else:
-        exact = _find_unused((columns * weights).sum(1) @ shares, parameters, values, findings)
-    loop_what_differs({name: exact[name] for name in captured}, rows, shares, findings.looped, factors)
-    if isinstance(mode, _Trial):
-        findings.work = mode.work
-        for name, uses in mode.uses.items():
-            findings.rules[name] = list(dict.fromkeys(rule for rule, _ in uses))
-            sizes_of_factors = uses[0][1]
-            sizes = (parameters[name].numel(), outputs.form, outputs.classes)
-            compared = values is not None or name in mode.factors  # those that stay have been, by the second guard
-            if len(uses) == 1 and sizes_of_factors and may_serve(sizes_of_factors, *sizes) and compared:
-                findings.factors[name] = sizes_of_factors
-            else:
-                findings.factors.pop(name, None)
-        findings.biases = {
-            bias: weight
-            for bias, weight in mode.biases.items()
-            if isinstance(bias, str) and isinstance(weight, str) and len(mode.uses[bias]) == 1
-            and findings.factors.get(weight, (0,))[0] == 1
-        }  # fmt: skip
-    return weights * shares[:, None], exact
-
-
-def _mode(
-    captured: Mapping[str, Tensor], findings: Findings, values: Any, parameters: Mapping[str, Tensor]
-) -> ParameterMode:
-    if not captured or findings.batch_norm_trains:
-        return ParameterMode(parameters, values, frozen_batch_norm=findings.batch_norm_trains)
-    return _Trial(
-        captured,
-        findings.steps,
-        3,
-        frozenset(findings.factors if values is None else ()) & captured.keys(),
-        [value for name, value in parameters.items() if name not in captured] if findings.products else None,
-        findings=findings,
-        values=None if values is None else {n: values[n] for n in captured},
-    )
 
 
 def _find_unused(

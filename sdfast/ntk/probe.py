@@ -22,7 +22,7 @@ from sdfast.ntk.comparison import lie_apart
 from sdfast.ntk.confirmation import graph_of
 from sdfast.ntk.coupling import refuse_coupled_gradients, refuse_coupling, refuse_places
 from sdfast.ntk.findings import Findings
-from sdfast.ntk.guard import exact_gradients, guarded
+from sdfast.ntk.guard import Guard, exact_gradients
 from sdfast.ntk.inputs import Inputs
 from sdfast.ntk.memory_format import is_refused, may_be_faster
 from sdfast.ntk.outputs import Outputs
@@ -104,12 +104,14 @@ def probe(model: nn.Module, inputs: Inputs, outputs: Outputs, parameters: Mappin
     plain = outputs.columns(feeding.call(model, copies(three)), 3)
     findings.graph = graph_of(plain, parameters)
 
+    comparison = Guard(model, three, outputs, parameters, plain, generator)
+
     def guard(values: Mapping[str, Tensor] | None) -> None:
         try:
-            guarded(model, three, outputs, parameters, findings, values, plain, generator)
+            comparison.complete(findings, values)
         except PathChangedError as error:
             findings.looped |= dict.fromkeys(parameters, f"the model takes another path on some samples: {error}")
-            guarded(model, three, outputs, parameters, findings, values, plain, generator)
+            comparison.complete(findings, values)
 
     guard(values)
     followed = not (findings.looped or findings.reads)
@@ -156,7 +158,7 @@ def _with_channels_last(
         plain = outputs.columns(feeding.call(model, copies(three)), 3)
         found.graph = graph_of(plain, parameters)
         if not lie_apart({"": before.detach()}, {"": plain.detach()}, _OF_OUTPUTS):
-            weights, gradients = guarded(model, three, outputs, parameters, found, None, plain, generator)
+            weights, gradients = Guard(model, three, outputs, parameters, plain, generator).complete(found, None)
             own = exact_gradients((before * weights).sum(), {name: parameters[name] for name in gradients})
             if not (found.looped or lie_apart(own, gradients, _OF_GRADIENTS)):
                 return found
@@ -202,7 +204,7 @@ def confirmed(
         findings.before = plain
         return findings
     try:
-        guarded(model, three, outputs, parameters, findings, None, plain, generator)
+        Guard(model, three, outputs, parameters, plain, generator).complete(findings, None)
     except PathChangedError:
         return None
     return findings if findings.looped == looped else None

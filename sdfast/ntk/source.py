@@ -162,18 +162,13 @@ class Source:
         wanted, factored = list(wanted), frozenset(factored)
         followed = {name: self.parameters[name] for name in [*wanted, *factored] if name not in self.findings.looped}
         looped = {name: self.parameters[name] for name in wanted if name in self.findings.looped}
-        by_autograd = None
-        if self.findings.products:
-            by_autograd = [self.parameters[name] for name in (*self.findings.looped, *self.findings.unused)]
         missing = {name for name in followed if name not in self.findings.unused}
         if self.confirmation is not None:
             self.confirmation.begin()
         for start in range(0, self.samples, self.batch_size):
             stop = min(start + self.batch_size, self.samples)
             tensors = self.inputs.rows(start, stop)
-            capture = None
-            if followed:
-                capture = Capture(followed, self.findings.steps, stop - start, factored, by_autograd)
+            capture = self._capture(followed, stop - start, factored) if followed else None
             if capture is None:
                 output = feeding.call(self.model, tensors)
             else:
@@ -205,6 +200,11 @@ class Source:
             self.confirmation.compare()
             if not self.confirmation.left:
                 self.confirmation = None
+
+    def _capture(self, followed: Mapping[str, Tensor], samples: int, factored: frozenset[str]) -> Capture:
+        found = self.findings
+        others = [self.parameters[name] for name in (*found.looped, *found.unused)] if found.products else None
+        return Capture(followed, found.steps, samples, factored, others)
 
     def panel(self, width: int) -> Tensor:
         """Uninitialised rows for all samples (classes, samples, width), in the spare memory where they fit."""
